@@ -1,0 +1,482 @@
+"""The ports: what each folder of node/ offers the others, and nothing else of it is known outside.
+
+Time and entropy are inputs (`Clock`, `Entropy`), so that whatever is wired together can be run again from a seed.
+Every coroutine here may be cancelled; each states what it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from incentives.ledger import ChannelKey, Record, Role, SlotSeen
+from protocol.eip712 import Domain
+from protocol.errors import TallyError
+from protocol.messages import Accept, JobRequest, Profile, Tariff, Voucher, WorkReceipt
+from protocol.units import Address, Digest, FinishReason, JobId, Wei
+
+# --------------------------------------------------------------------------------------------------- time, entropy
+
+
+class Clock(Protocol):
+    """Wall time and sleeping."""
+
+    def now_ms(self) -> int:
+        """Unix milliseconds."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds that never run backwards."""
+        ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+
+class Entropy(Protocol):
+    """Secret random bytes."""
+
+    def token(self, size: int) -> bytes: ...
+
+
+# --------------------------------------------------------------------------------------------------------- transport
+
+
+class TransportError(TallyError):
+    """The network failed us: the operation may be tried again, elsewhere or later."""
+
+
+class DialFailed(TransportError):
+    """No connection to the peer could be made in the time given."""
+
+
+class StreamEnded(TransportError):
+    """The stream is over, by end of file, reset, timeout or a dead peer. Never a sign of success."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAddress:
+    """Where a peer can be reached. `addresses`: multiaddrs without the /p2p part (memory twin: any text)."""
+
+    peer_id: str
+    addresses: tuple[str, ...]
+
+
+class Stream(Protocol):
+    """One ordered, bidirectional conversation in frames of at most MAX_FRAME_BYTES bytes each."""
+
+    @property
+    def peer_id(self) -> str: ...
+
+    @property
+    def peer_address(self) -> Address:
+        """EVM address that follows from the peer's authenticated secp256k1 key."""
+        ...
+
+    async def send(self, *frames: bytes) -> None:
+        """Write frames, length-prefixed, in one go. Raises: StreamEnded, ValueError (frame too large)."""
+        ...
+
+    async def receive(self, timeout_s: float | None = None) -> bytes:
+        """The next frame. Raises: StreamEnded (EOF, reset, timeout), FrameTooLarge (and the stream is reset)."""
+        ...
+
+    async def close(self) -> None:
+        """Say that no more will be sent and let go. Never raises."""
+        ...
+
+    async def reset(self) -> None:
+        """Drop the stream at once, both ways. Never raises."""
+        ...
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+GossipHandler = Callable[[str, bytes], Awaitable[None]]  # (peer id of the author, payload)
+
+
+class Transport(Protocol):
+    """Direct streams, gossip and a peer directory between authenticated peers."""
+
+    @property
+    def peer_id(self) -> str: ...
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Addresses others may dial, once started. Never 0.0.0.0."""
+        ...
+
+    async def start(self) -> None:
+        """Raises: TransportError naming the address when a port is in use."""
+        ...
+
+    async def stop(self) -> None:
+        """Close everything. Idempotent, never raises."""
+        ...
+
+    def serve(self, protocol_id: str, handler: StreamHandler) -> None:
+        """Run `handler` for each inbound stream. What it raises resets that stream and nothing else."""
+        ...
+
+    async def open(self, peer: PeerAddress, protocol_id: str, timeout_s: float) -> Stream:
+        """Raises: DialFailed."""
+        ...
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        """Best effort gossip of at most MAX_FRAME_BYTES. Raises: TransportError when not running."""
+        ...
+
+    async def subscribe(self, topic: str, handler: GossipHandler) -> None: ...
+
+    async def provide(self, key: bytes) -> None:
+        """Announce in the DHT that this peer has something to say about `key` (32 bytes). A hint, best effort."""
+        ...
+
+    async def find_providers(self, key: bytes, limit: int) -> list[PeerAddress]:
+        """Peers that announced `key`. A hint: stale, squattable, possibly empty."""
+        ...
+
+    def connected(self) -> tuple[str, ...]:
+        """Peer ids with a live connection."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------------ engine
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. Integers as in JobRequest: micro = value x 1_000_000; top_k 0 = no cut."""
+
+    temperature_micro: int = 1_000_000
+    top_p_micro: int = 1_000_000
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One generation. `seed`: 32 bytes. `stop_ids` end the stream after being emitted (EOS is added by the engine).
+
+    `salt`: 32 bytes naming whose prefix cache may be hit (per payer).
+    """
+
+    prompt: tuple[int, ...]
+    seed: bytes
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] = ()
+    salt: bytes = b"\0" * 32
+
+
+@dataclass(frozen=True, slots=True)
+class EngineToken:
+    """One generated token and its fingerprint.
+
+    `logprob`: IEEE fp16 bits (2 bytes, big-endian) of the token's log-probability under the unmodified softmax.
+    `projection`: 16 bytes, 8 fp16 values (big-endian): the last hidden state projected by the seed's matrix.
+    `finish`: OPEN, or STOP / LENGTH on the last token.
+    """
+
+    token_id: int
+    logprob: bytes
+    projection: bytes
+    finish: FinishReason
+    cached_tokens: int = 0
+
+
+class EngineFull(TallyError):
+    """No slot and no queue place is free, or the request can never fit; says which limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A moment's load. `kv_bytes`: memory the KV slots take. `tokens_total`: generated since start."""
+
+    slots: int
+    active: int
+    queued: int
+    kv_bytes: int
+    tokens_total: int
+
+
+class Engine(Protocol):
+    """Tokens in, tokens and fingerprints out; no text."""
+
+    @property
+    def profile(self) -> Profile: ...
+
+    @property
+    def max_context(self) -> int:
+        """Longest prompt plus output, tokens."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def submit(self, request: EngineRequest) -> AsyncIterator[EngineToken]:
+        """Queue a generation and stream it; closing the iterator (aclose) frees its slot at once.
+
+        Raises: EngineFull at once; ValueError for token ids or parameters out of range.
+        """
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+
+# ------------------------------------------------------------------------------------------------------------- store
+
+
+class StoreError(TallyError):
+    """The database cannot be used; says which file and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelAccount:
+    """One channel, as this node's own records and its last look at the chain have it. All in wei.
+
+    `owed`: sum of the totals of all jobs, each at its last acknowledged receipt (client: vouched for).
+    `vouched`: highest voucher held (provider) or signed (client), with its signature (provider; b"" otherwise).
+    """
+
+    key: ChannelKey
+    owed: Wei
+    vouched: Wei
+    voucher_signature: bytes
+    deposit: Wei
+    claimed: Wei
+    exit_at: int
+    owner: Address
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """One job as stored. `steps`: acknowledged increments. `owed`: wei of the last acknowledged receipt."""
+
+    role: Role
+    job_id: JobId
+    request: JobRequest
+    request_signature: bytes
+    accept: Accept
+    accept_signature: bytes
+    model: str
+    steps: int
+    owed: Wei
+    closed: FinishReason | None
+    detail: str
+    opened_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptRow:
+    """One receipt as stored, with whatever signatures this node holds (b"" where it holds none)."""
+
+    role: Role
+    digest: Digest
+    receipt: WorkReceipt
+    receipt_signature: bytes
+    ack_signature: bytes
+    voucher: Voucher | None
+    voucher_signature: bytes
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SettlementRow:
+    """One settlement transaction. `state`: sent, mined or dropped."""
+
+    transaction: Digest
+    state: str
+    block: int
+    gas: int
+    gas_wei: int
+    paid: Wei
+    fee: Wei
+    vouchers: tuple[tuple[Address, Wei], ...]
+
+
+class Store(Protocol):
+    """The journal and what is read back from it. One process at a time holds it (lock file)."""
+
+    async def open(self) -> None:
+        """Migrate and check. Raises: StoreError (corrupt, locked by another process, from a newer version)."""
+        ...
+
+    async def close(self) -> None: ...
+
+    async def write(self, *records: Record) -> None:
+        """Durable (fsynced) when it returns; all records of a call in one transaction; calls are group-committed.
+
+        Raises: StoreError; then nothing of this call was kept and the caller must not sign or act.
+        """
+        ...
+
+    async def account(self, key: ChannelKey) -> ChannelAccount | None: ...
+
+    async def accounts(self, role: Role) -> list[ChannelAccount]: ...
+
+    async def job(self, job_id: JobId) -> JobRow | None: ...
+
+    async def jobs(self, role: Role, *, open_only: bool = False, limit: int = 1000) -> list[JobRow]: ...
+
+    async def receipts(
+        self, *, role: Role | None = None, job_id: JobId | None = None, final_only: bool = False, limit: int = 1000
+    ) -> list[ReceiptRow]: ...
+
+    async def receipt(self, digest_prefix: bytes) -> ReceiptRow | None: ...
+
+    async def settlements(self, *, state: str | None = None, limit: int = 1000) -> list[SettlementRow]: ...
+
+    async def get_value(self, key: str) -> bytes | None:
+        """A small durable setting (event cursor, sequence numbers)."""
+        ...
+
+    async def put_value(self, key: str, value: bytes) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------------------- chain
+
+
+class ChainError(TallyError):
+    """The chain refused or could not be understood; says what was kept safe and what to do."""
+
+
+class ChainUnavailable(ChainError):
+    """The RPC does not answer (down, timeout, rate limit): try again later; confirmed knowledge stays valid."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderRecord:
+    """What the Registry says of a provider wallet. Stake in wei."""
+
+    wallet: Address
+    node_key: Address
+    stake: Wei
+
+
+@dataclass(frozen=True, slots=True)
+class TariffRecord:
+    """What the Registry's log says of a tariff hash. Unix seconds."""
+
+    provider: Address
+    valid_from: int
+    valid_until: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mined:
+    """A transaction in a block."""
+
+    transaction: Digest
+    block: int
+    gas: int
+    gas_wei: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a settlement paid: to the provider (before fee), the fee, and per session key its new claimed total."""
+
+    mined: Mined
+    paid: Wei
+    fee: Wei
+    claimed: tuple[tuple[Address, Wei], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSettlement:
+    """A signed settlement transaction, not yet broadcast: journal its hash first, then send."""
+
+    transaction: Digest
+    raw: bytes
+    vouchers: tuple[tuple[Address, Wei], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChainHead:
+    """The newest block seen. `age_s`: seconds since it was seen to change or confirmed to be newest."""
+
+    number: int
+    hash: Digest
+    timestamp: int
+
+
+SlotHandler = Callable[[SlotSeen], Awaitable[None]]
+
+
+class Chain(Protocol):
+    """The contracts as this node needs them. Amounts in wei of TALLY unless named otherwise."""
+
+    @property
+    def domain(self) -> Domain: ...
+
+    async def start(self) -> None:
+        """Connect and check the chain id and contract code. Raises: ChainUnavailable, ChainError (wrong chain)."""
+        ...
+
+    async def stop(self) -> None: ...
+
+    async def head(self) -> ChainHead: ...
+
+    async def slot(self, key: ChannelKey) -> SlotSeen | None:
+        """The escrow slot at the confirmed head, or None when it was never opened."""
+        ...
+
+    async def watch_slots(self, provider: Address, handler: SlotHandler) -> None:
+        """Call `handler` for every slot of `provider` that opened or changed, now and for ever (until cancelled).
+
+        Reorg-aware: a slot whose event vanished is reported again as the chain then has it.
+        """
+        ...
+
+    async def provider_by_node_key(self, node_key: Address) -> ProviderRecord | None: ...
+
+    async def provider(self, wallet: Address) -> ProviderRecord | None: ...
+
+    async def tariff(self, tariff_hash: Digest) -> TariffRecord | None: ...
+
+    async def token_balance(self, account: Address) -> Wei: ...
+
+    async def coin_balance(self, account: Address) -> int:
+        """Wei of the chain's own coin (for gas)."""
+        ...
+
+    async def earned(self, provider: Address) -> Wei:
+        """Settled and not yet collected."""
+        ...
+
+    async def open_channel(self, provider: Address, session_secret: bytes, amount: Wei) -> Mined:
+        """Approve if needed and open, or top up an open one, from this node's wallet."""
+        ...
+
+    async def request_exit(self, key: ChannelKey) -> Mined: ...
+
+    async def exit(self, key: ChannelKey) -> Mined: ...
+
+    async def register_provider(self, node_secret: bytes, stake: Wei) -> None:
+        """Register the node key and bring the stake up to `stake`. Idempotent."""
+        ...
+
+    async def log_tariff(self, tariff: Tariff, signature: bytes) -> Mined: ...
+
+    async def epoch_seconds(self) -> int: ...
+
+    async def prepare_settlement(
+        self, provider: Address, vouchers: Sequence[tuple[Address, Wei, bytes]]
+    ) -> PreparedSettlement:
+        """Sign a settlement of (client, cumulative, signature) items with the next nonce; nothing is sent."""
+        ...
+
+    async def send_settlement(self, prepared: PreparedSettlement) -> Settled:
+        """Broadcast and wait for it. Raises: ChainUnavailable, ChainError (reverted, replaced)."""
+        ...
+
+    async def settlement_result(self, transaction: Digest) -> Settled | None:
+        """What a transaction sent earlier (perhaps before a crash) did, or None while it is in no block."""
+        ...
+
+    async def collect(self, provider: Address) -> Mined:
+        """Send the provider wallet what it earned."""
+        ...
