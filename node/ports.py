@@ -480,3 +480,136 @@ class Chain(Protocol):
     async def collect(self, provider: Address) -> Mined:
         """Send the provider wallet what it earned."""
         ...
+
+
+# -------------------------------------------------------------------------------------------------------- marketplace
+
+
+class NoProvider(TallyError):
+    """No provider meets the request's hard limits now; says which limit ruled them out."""
+
+
+class InsufficientFunds(TallyError):
+    """Escrow or wallet cannot cover the job; says how much is missing and how to top up."""
+
+
+class JobFailed(TallyError):
+    """The job ended without END from any provider. What was delivered was paid for, and nothing more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """Everything a client needs to turn text into this profile's tokens and back; checked against the profile's hashes.
+
+    `tokenizer_json`: the Hugging Face tokenizers file. `special`: names to texts (bos_token, eos_token, ...).
+    """
+
+    model: str
+    profile_id: Digest
+    profile: Profile
+    tokenizer_json: bytes
+    chat_template: str
+    special: dict[str, str]
+    eos_ids: tuple[int, ...]
+    max_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class MarketEntry:
+    """One live offer, as `tally market` and /v1/models show it. Prices in wei per token."""
+
+    model: str
+    provider: Address
+    peer_id: str
+    tariff: Tariff
+    slots: int
+    load_bps: int
+    max_context: int
+    max_output: int
+    region: str
+    expires_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What a caller wants done. `price_ceiling`: most wei for the whole job, None for the configured default."""
+
+    model: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] = ()
+    tier: int = 1
+    private: bool = False
+    price_ceiling: Wei | None = None
+    deadline_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class JobStarted:
+    """A provider accepted. Sent again, with another job id, when a failover provider takes over."""
+
+    job_id: JobId
+    provider: Address
+    tariff: Tariff
+    failover: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobTokens:
+    """Tokens in order, each once, across failovers. `logprobs`: natural log, one per token."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobPaid:
+    """An increment was vouched for. `total`: wei for the whole stream so far, over all its providers."""
+
+    total: Wei
+
+
+@dataclass(frozen=True, slots=True)
+class JobDone:
+    """The stream ended with a final receipt. Counts as OpenAI's usage; `cost`: wei over all its providers.
+
+    `receipts`: digests of the final (or last vouched) receipt of each provider that worked on it.
+    """
+
+    finish: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    ste_micro: int
+    cost: Wei
+    refund: Wei
+    job_ids: tuple[JobId, ...]
+    receipts: tuple[Digest, ...]
+
+
+JobEvent = JobStarted | JobTokens | JobPaid | JobDone
+
+
+class Marketplace(Protocol):
+    """The client role, as the gateway and the command line use it."""
+
+    async def market(self) -> list[MarketEntry]:
+        """Live, verified offers known now, cheapest first."""
+        ...
+
+    async def card(self, model: str) -> ModelCard:
+        """Raises: NoProvider when nobody offers `model`."""
+        ...
+
+    def run(self, spec: JobSpec) -> AsyncIterator[JobEvent]:
+        """Run one job; the last event is JobDone. Closing the iterator cancels the job and pays what was delivered.
+
+        Raises: NoProvider, InsufficientFunds, Refused, JobFailed.
+        """
+        ...
+
+    async def status(self) -> dict[str, object]:
+        """Peers, channels, spending: plain JSON values for `tally status` and /api/v1/status."""
+        ...
