@@ -151,9 +151,9 @@ class WorkReceipt:
 
     Counts and money are totals of the job so far, so each receipt recomputes from scratch with one rounding.
     `ste_micro`: standard token equivalents x 1e6. `leaves_root`: hash-chain head over the transcript's leaves.
-    `*_at`: Unix milliseconds. `*_line`: wei before multipliers, exact. `multiplier_ppb`: product of the
-    multipliers x 1e9. `total`: wei. `vouched`: highest voucher held for this channel when this was signed.
-    `previous`: digest of this job's previous receipt, zero for the first.
+    `*_at`: Unix milliseconds (zero where it has not happened). `*_line`: wei before multipliers, exact.
+    `multiplier`: product of the four basis-point multipliers, so x1 is 10**16. `total`: wei. `vouched`: highest
+    voucher held for this channel when this was signed. `previous`: digest of this job's previous receipt, or zero.
     """
 
     provider: Addr
@@ -175,7 +175,7 @@ class WorkReceipt:
     cached_line: U96
     completion_line: U96
     reasoning_line: U96
-    multiplier_ppb: U64
+    multiplier: U64
     per_request: U96
     refund: U96
     total: U96

@@ -1,0 +1,283 @@
+"""The frames of /tally/job/1, /tally/offers/1 and /tally/card/1: what travels, encoded and bounded.
+
+A frame is a msgpack array whose first element is the tag (protocol/README.md section 3); framing.py adds the u32
+length. Decoding validates types and sizes; anything else raises MalformedFrame, which costs the sender its stream.
+A signed document is a `Packed` byte string (packing.py) that the reader unpacks by the type named beside the field.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from protocol.errors import FrameTooLarge, MalformedFrame
+from protocol.units import LEAF_TOKENS, MAX_FRAME_BYTES
+
+JOB_PROTOCOL = "/tally/job/1"
+OFFERS_PROTOCOL = "/tally/offers/1"
+CARD_PROTOCOL = "/tally/card/1"
+
+CHUNK_BYTES = 60 * 1024
+"""Payload of one chunk of a prompt or a card: a frame less generous room for its header and seal."""
+
+Signature = Annotated[bytes, Meta(min_length=65, max_length=65)]
+Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Wallet = Annotated[bytes, Meta(min_length=20, max_length=20)]
+Short = Annotated[str, Meta(max_length=256)]
+Reason = Annotated[str, Meta(max_length=1024)]
+Chunk = Annotated[bytes, Meta(max_length=CHUNK_BYTES + 64)]
+Packed = Annotated[bytes, Meta(max_length=1024)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 32)]
+Time = Annotated[int, Meta(ge=0, lt=1 << 63)]
+
+
+class RefusalCode(StrEnum):
+    """Why a job was refused or aborted; the gateway maps each to an HTTP status."""
+
+    BAD_REQUEST = "bad_request"
+    CONTEXT_LENGTH = "context_length_exceeded"
+    UNKNOWN_MODEL = "model_not_found"
+    PAYMENT_REQUIRED = "insufficient_escrow"
+    TARIFF = "tariff_not_in_force"
+    CEILING = "price_ceiling"
+    BUSY = "busy"
+    DUPLICATE = "duplicate_job"
+    DRAINING = "draining"
+    INTERNAL = "internal"
+
+
+class QuoteAsk(Struct, frozen=True, array_like=True, tag=1, forbid_unknown_fields=True):
+    """Client: could you serve this, and how soon?"""
+
+    client: Wallet
+    profile_id: Hash
+    prompt_tokens: Count
+    max_tokens: Count
+    tier: Annotated[int, Meta(ge=0, le=2)]
+
+
+class Quote(Struct, frozen=True, array_like=True, tag=2, forbid_unknown_fields=True):
+    """Provider: yes; `commitment` is SHA-256 of the nonce it will open, `queue_ms` its estimate to first token."""
+
+    commitment: Hash
+    tariff_hash: Hash
+    queue_ms: Count
+
+
+class Request(Struct, frozen=True, array_like=True, tag=3, forbid_unknown_fields=True):
+    """Client: the signed job. `prompt_chunks` PromptChunk frames follow."""
+
+    request: Packed  # JobRequest
+    signature: Signature
+    salt: Hash
+    stop_ids: Annotated[tuple[Count, ...], Meta(max_length=64)]
+    prompt_chunks: Annotated[int, Meta(ge=1, le=128)]
+
+
+class PromptChunk(Struct, frozen=True, array_like=True, tag=4, forbid_unknown_fields=True):
+    """Client: a sealed piece of the prompt, token ids as u32 big-endian."""
+
+    sealed: Chunk
+
+
+class Accepted(Struct, frozen=True, array_like=True, tag=5, forbid_unknown_fields=True):
+    """Provider: the job is taken and its nonce opened."""
+
+    accept: Packed  # Accept
+    signature: Signature
+
+
+class Refuse(Struct, frozen=True, array_like=True, tag=6, forbid_unknown_fields=True):
+    """Provider: no. Nothing is owed."""
+
+    code: Short
+    reason: Reason
+
+
+class Tokens(Struct, frozen=True, array_like=True, tag=7, forbid_unknown_fields=True):
+    """Provider: sealed `TokenBatch`."""
+
+    sealed: Chunk
+
+
+class Receipt(Struct, frozen=True, array_like=True, tag=8, forbid_unknown_fields=True):
+    """Provider: an interim receipt over everything sent so far."""
+
+    receipt: Packed  # WorkReceipt
+    signature: Signature
+
+
+class VoucherFrame(Struct, frozen=True, array_like=True, tag=9, forbid_unknown_fields=True):
+    """Client: the receipt of `step` recomputed; this much is promised in all."""
+
+    step: Count
+    voucher: Packed  # Voucher
+    signature: Signature
+
+
+class End(Struct, frozen=True, array_like=True, tag=10, forbid_unknown_fields=True):
+    """Provider: the final receipt. A stream that ends without it failed."""
+
+    receipt: Packed  # WorkReceipt
+    signature: Signature
+
+
+class Ack(Struct, frozen=True, array_like=True, tag=11, forbid_unknown_fields=True):
+    """Client: the other half of the stick, and the voucher that pays for it."""
+
+    ack: Packed  # ReceiptAck
+    signature: Signature
+    voucher: Packed  # Voucher
+    voucher_signature: Signature
+
+
+class Cancel(Struct, frozen=True, array_like=True, tag=12, forbid_unknown_fields=True):
+    """Client: stop; I pay for what was delivered."""
+
+
+class Abort(Struct, frozen=True, array_like=True, tag=13, forbid_unknown_fields=True):
+    """Provider: the job cannot go on. Nothing beyond the last vouched receipt is owed."""
+
+    code: Short
+    reason: Reason
+
+
+class Ping(Struct, frozen=True, array_like=True, tag=14, forbid_unknown_fields=True):
+    """Either: are you there?"""
+
+    number: Count
+
+
+class Pong(Struct, frozen=True, array_like=True, tag=15, forbid_unknown_fields=True):
+    """Either: I am."""
+
+    number: Count
+
+
+class OffersAsk(Struct, frozen=True, array_like=True, tag=20, forbid_unknown_fields=True):
+    """Anyone: the offers you know, from `after` on (page by provider address)."""
+
+    after: Wallet
+
+
+class OfferEnvelope(Struct, frozen=True, array_like=True, tag=21, forbid_unknown_fields=True):
+    """A signed offer with the texts behind its hashes and the signed tariff it names."""
+
+    offer: Packed  # Offer
+    signature: Signature
+    tariff: Packed  # Tariff
+    tariff_signature: Signature
+    peer_id: Short
+    addresses: Annotated[tuple[Short, ...], Meta(max_length=8)]
+    model: Short
+    region: Short
+
+
+class OffersEnd(Struct, frozen=True, array_like=True, tag=22, forbid_unknown_fields=True):
+    """The page is over; `more` says whether another would follow."""
+
+    more: bool
+
+
+class CardAsk(Struct, frozen=True, array_like=True, tag=30, forbid_unknown_fields=True):
+    """Client: the tokenizer and template of a profile."""
+
+    profile_id: Hash
+
+
+class CardHead(Struct, frozen=True, array_like=True, tag=31, forbid_unknown_fields=True):
+    """Provider: the profile and small texts; `chunks` CardChunk frames with tokenizer.json follow."""
+
+    model: Short
+    profile: Packed  # Profile
+    chat_template: Annotated[str, Meta(max_length=48 * 1024)]
+    special: Annotated[dict[str, str], Meta(max_length=16)]
+    eos_ids: Annotated[tuple[Count, ...], Meta(max_length=16)]
+    max_context: Count
+    chunks: Annotated[int, Meta(ge=1, le=1024)]
+
+
+class CardChunk(Struct, frozen=True, array_like=True, tag=32, forbid_unknown_fields=True):
+    """Provider: a piece of tokenizer.json."""
+
+    data: Chunk
+
+
+JobFrame = (
+    QuoteAsk
+    | Quote
+    | Request
+    | PromptChunk
+    | Accepted
+    | Refuse
+    | Tokens
+    | Receipt
+    | VoucherFrame
+    | End
+    | Ack
+    | Cancel
+    | Abort
+    | Ping
+    | Pong
+)
+Frame = JobFrame | OffersAsk | OfferEnvelope | OffersEnd | CardAsk | CardHead | CardChunk
+
+
+class TokenBatch(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Inside Tokens: consecutive tokens of one leaf. `start`: index of the first among the job's output.
+
+    `logprobs`: 2 bytes a token, `projections`: 16 bytes a token, as in the transcript's leaf.
+    """
+
+    start: Count
+    token_ids: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=LEAF_TOKENS)]
+    logprobs: Annotated[bytes, Meta(max_length=2 * LEAF_TOKENS)]
+    projections: Annotated[bytes, Meta(max_length=16 * LEAF_TOKENS)]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_frame_decoder = msgspec.msgpack.Decoder(Frame)
+_batch_decoder = msgspec.msgpack.Decoder(TokenBatch)
+
+
+def encode(frame: Frame) -> bytes:
+    """Raises: FrameTooLarge when it does not fit (our own mistake; chunk the content)."""
+    data = _encoder.encode(frame)
+    if len(data) > MAX_FRAME_BYTES:
+        raise FrameTooLarge(len(data), MAX_FRAME_BYTES)
+    return data
+
+
+def decode(data: bytes) -> Frame:
+    """Raises: MalformedFrame."""
+    try:
+        frame: Frame = _frame_decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError, OverflowError, UnicodeDecodeError) as exc:
+        raise MalformedFrame(str(exc)) from exc
+    return frame
+
+
+def encode_batch(batch: TokenBatch) -> bytes:
+    """Plaintext of a Tokens frame."""
+    return _encoder.encode(batch)
+
+
+def decode_batch(data: bytes) -> TokenBatch:
+    """Raises: MalformedFrame, also when the fingerprints do not match the number of tokens."""
+    try:
+        batch = _batch_decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError, OverflowError) as exc:
+        raise MalformedFrame(str(exc)) from exc
+    count = len(batch.token_ids)
+    if len(batch.logprobs) != 2 * count or len(batch.projections) != 16 * count:
+        sizes = f"{len(batch.logprobs)} and {len(batch.projections)}"
+        raise MalformedFrame(f"{count} tokens with {sizes} bytes of evidence")
+    return batch
+
+
+def chunked(data: bytes) -> list[bytes]:
+    """`data` in pieces of at most CHUNK_BYTES; at least one piece."""
+    return [data[i : i + CHUNK_BYTES] for i in range(0, max(1, len(data)), CHUNK_BYTES)]

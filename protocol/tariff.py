@@ -1,0 +1,150 @@
+"""The price sheet and the one cost formula, in integers, rounded once (up) per receipt.
+
+    total = ceil(m_tier * m_context * m_privacy * m_base * (prompt_line + cached_line + completion_line
+            + reasoning_line) / 10**16) + per_request - refund
+
+Lines are exact; the four multipliers are basis points, so their product has scale 10**16. The refund is a share
+(rounded down, in the provider's favour by less than one wei) of the metered part when the tier's promise is missed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.errors import FieldOutOfRange, TariffNotInForce
+from protocol.messages import Tariff
+from protocol.metering import Usage
+from protocol.units import BPS, MAX_AMOUNT, Tier, Wei
+
+MULTIPLIER_ONE: Final = BPS**4
+"""x1 as the product of four basis-point multipliers."""
+
+MAX_MULTIPLIER_BPS: Final = 100 * BPS
+"""Largest single multiplier a tariff may carry. Unit: bps (x100). Four of them at this bound would overflow the
+receipt's uint64, so `check_tariff` bounds the product of the tariff's own three as well."""
+
+MAX_PRICE: Final = 10**21
+"""Largest price per token or request. Unit: wei (1000 TALLY). With 2**20 tokens and x1844 it stays below uint96."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When the job came in, gave its first token, and ended. Unix milliseconds; 0 where it has not happened yet."""
+
+    received_at: int
+    first_token_at: int
+    finished_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The lines of a receipt, in wei; `multiplier` has scale 10**16."""
+
+    prompt_line: Wei
+    cached_line: Wei
+    completion_line: Wei
+    reasoning_line: Wei
+    multiplier: int
+    per_request: Wei
+    refund: Wei
+    total: Wei
+
+
+def tier_terms(tariff: Tariff, tier: Tier) -> tuple[int, int, int, int]:
+    """(multiplier bps, promised TTFT ms, promised TPOT ms, refund bps) of a tier. A promise of 0 ms is no promise."""
+    match tier:
+        case Tier.FLEX:
+            return tariff.flex_bps, tariff.flex_ttft_ms, tariff.flex_tpot_ms, tariff.flex_refund_bps
+        case Tier.STANDARD:
+            return tariff.standard_bps, tariff.standard_ttft_ms, tariff.standard_tpot_ms, tariff.standard_refund_bps
+        case Tier.PRIORITY:
+            return tariff.priority_bps, tariff.priority_ttft_ms, tariff.priority_tpot_ms, tariff.priority_refund_bps
+
+
+def check_tariff(tariff: Tariff) -> None:
+    """Refuse a sheet whose numbers could overflow a receipt or refund more than was charged.
+
+    Raises: FieldOutOfRange naming the field.
+    """
+    for name in ("prompt_price", "cached_price", "completion_price", "reasoning_price", "per_request"):
+        if not 0 <= getattr(tariff, name) <= MAX_PRICE:
+            raise FieldOutOfRange("Tariff", name, getattr(tariff, name))
+    for name in ("flex_bps", "standard_bps", "priority_bps", "long_context_bps", "privacy_bps"):
+        if not 0 <= getattr(tariff, name) <= MAX_MULTIPLIER_BPS:
+            raise FieldOutOfRange("Tariff", name, getattr(tariff, name))
+    for name in ("flex_refund_bps", "standard_refund_bps", "priority_refund_bps", "reserved_discount_bps"):
+        if not 0 <= getattr(tariff, name) <= BPS:
+            raise FieldOutOfRange("Tariff", name, getattr(tariff, name))
+    if tariff.cached_price > tariff.prompt_price:
+        raise FieldOutOfRange("Tariff", "cached_price", tariff.cached_price)
+    largest = max(tariff.flex_bps, tariff.standard_bps, tariff.priority_bps)
+    if largest * max(BPS, tariff.long_context_bps) * max(BPS, tariff.privacy_bps) > 100 * BPS**3:
+        raise FieldOutOfRange("Tariff", "multipliers", largest)
+    if tariff.valid_until <= tariff.valid_from:
+        raise FieldOutOfRange("Tariff", "valid_until", tariff.valid_until)
+
+
+def check_in_force(tariff: Tariff, now: int) -> None:
+    """`now`: Unix seconds. Raises: TariffNotInForce."""
+    if not tariff.valid_from <= now < tariff.valid_until:
+        raise TariffNotInForce(tariff.valid_from, tariff.valid_until, now)
+
+
+def multiplier_of(tariff: Tariff, tier: Tier, prompt_tokens: int, *, private: bool, base_bps: int = BPS) -> int:
+    """Product of the tier, context, privacy and base multipliers; scale 10**16.
+
+    `base_bps` moves with public utilisation, the same for everybody; x1 until the network publishes one.
+    """
+    context = tariff.long_context_bps if prompt_tokens > tariff.long_context_threshold else BPS
+    privacy = tariff.privacy_bps if private else BPS
+    return tier_terms(tariff, tier)[0] * context * privacy * base_bps
+
+
+def promise_missed(tariff: Tariff, tier: Tier, timing: Timing, completion_tokens: int) -> bool:
+    """Whether the first token came later than promised or, at the end, the average token was slower."""
+    _, ttft_ms, tpot_ms, _ = tier_terms(tariff, tier)
+    if timing.first_token_at and ttft_ms and timing.first_token_at - timing.received_at > ttft_ms:
+        return True
+    if not (timing.finished_at and tpot_ms and completion_tokens > 1):
+        return False
+    return timing.finished_at - timing.first_token_at > tpot_ms * (completion_tokens - 1)
+
+
+def cost_up(
+    tariff: Tariff, usage: Usage, tier: Tier, timing: Timing, *, private: bool, missed_deadline: bool = False
+) -> Cost:
+    """What `usage` costs, all lines, rounded up once.
+
+    Raises: FieldOutOfRange when the total does not fit a voucher.
+    """
+    prompt_line = (usage.prompt - usage.cached) * tariff.prompt_price
+    cached_line = usage.cached * tariff.cached_price
+    completion_line = (usage.completion - usage.reasoning) * tariff.completion_price
+    reasoning_line = usage.reasoning * tariff.reasoning_price
+    multiplier = multiplier_of(tariff, tier, usage.prompt, private=private)
+    lines = prompt_line + cached_line + completion_line + reasoning_line
+    metered = -(-multiplier * lines // MULTIPLIER_ONE)
+    missed = missed_deadline or promise_missed(tariff, tier, timing, usage.completion)
+    refund = metered * tier_terms(tariff, tier)[3] // BPS if missed else 0
+    total = metered + tariff.per_request - refund
+    if total > MAX_AMOUNT:
+        raise FieldOutOfRange("WorkReceipt", "total", total)
+    return Cost(
+        Wei(prompt_line),
+        Wei(cached_line),
+        Wei(completion_line),
+        Wei(reasoning_line),
+        multiplier,
+        Wei(tariff.per_request),
+        Wei(refund),
+        Wei(total),
+    )
+
+
+def worst_case_up(tariff: Tariff, prompt_tokens: int, completion_tokens: int, tier: Tier, *, private: bool) -> Wei:
+    """The most such a job can cost: nothing cached, no refund, reasoning at whichever price is higher."""
+    dearer = max(tariff.completion_price, tariff.reasoning_price)
+    lines = prompt_tokens * tariff.prompt_price + completion_tokens * dearer
+    multiplier = multiplier_of(tariff, tier, prompt_tokens, private=private)
+    return Wei(-(-multiplier * lines // MULTIPLIER_ONE) + tariff.per_request)

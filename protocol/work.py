@@ -1,0 +1,200 @@
+"""The work account of one job: tokens in, receipts out. Provider and client run the same code over the same tokens.
+
+The provider builds each receipt from its account; the client builds the one it expects from its own account and
+compares every field, so a receipt is recomputed, never believed. Only the provider's clock and the number of cached
+tokens come from outside, and the client bounds both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields, replace
+from typing import Final
+
+from protocol.eip712 import Domain, digest
+from protocol.errors import ReceiptMismatch, RemoteProtocolError
+from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
+from protocol.metering import Usage, ste_micro
+from protocol.tariff import Cost, Timing, cost_up
+from protocol.transcript import Leaf, Transcript
+from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Digest, FinishReason, JobId, Tier, Wei
+
+CLOCK_SLACK_MS: Final = 5_000
+"""How far the provider's clock may be from ours before its receipt times are refused. Unit: ms. Wide enough for
+ordinary NTP drift and a busy client; doubling it lets a provider hide a TTFT promise missed by as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One job so far. `pending`: tokens not yet in a leaf, as (id, logprob, projection) triples.
+
+    `step`: receipts made. `previous`: digest of the last one. `total`: what it comes to, wei.
+    """
+
+    job_id: JobId
+    request: JobRequest
+    tariff: Tariff
+    profile: Profile
+    transcript: Transcript
+    received_at: int
+    cached_tokens: int = 0
+    first_token_at: int = 0
+    pending: tuple[tuple[int, bytes, bytes], ...] = ()
+    step: int = 0
+    previous: Digest = ZERO_DIGEST
+    total: Wei = field(default=Wei(0))
+
+    @classmethod
+    def start(cls, job_id: JobId, request: JobRequest, tariff: Tariff, profile: Profile, accept: Accept) -> Work:
+        """The account at acceptance, before any token."""
+        return cls(job_id, request, tariff, profile, Transcript.start(job_id), accept.accepted_at)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens taken in so far, pending ones included."""
+        return self.transcript.tokens + len(self.pending)
+
+    @property
+    def room(self) -> int:
+        """Tokens until the leaf is full and a receipt is due; never more than max_tokens leaves."""
+        return min(LEAF_TOKENS - len(self.pending), self.request.max_tokens - self.completion_tokens)
+
+    def take(self, rows: tuple[tuple[int, bytes, bytes], ...], now_ms: int) -> Work:
+        """With more tokens. Raises: RemoteProtocolError when they overrun the leaf or max_tokens."""
+        if not 0 < len(rows) <= self.room:
+            raise RemoteProtocolError(f"{len(rows)} tokens where at most {self.room} may come before the next receipt")
+        first = self.first_token_at or now_ms
+        return replace(self, pending=self.pending + rows, first_token_at=first)
+
+    def usage(self) -> Usage:
+        """Counts so far."""
+        return Usage(self.request.prompt_tokens, self.cached_tokens, self.completion_tokens, 0)
+
+    def timing(self, finished_at: int = 0) -> Timing:
+        """Times so far; `finished_at` only for the final receipt."""
+        return Timing(self.received_at, self.first_token_at, finished_at)
+
+    def cost(self, finish: FinishReason, finished_at: int) -> Cost:
+        """Cost of everything so far."""
+        return cost_up(
+            self.tariff,
+            self.usage(),
+            Tier(self.request.tier),
+            self.timing(finished_at),
+            private=self.request.private,
+            missed_deadline=finish is FinishReason.DEADLINE,
+        )
+
+    def receipt(self, finish: FinishReason, finished_at: int, vouched: Wei) -> tuple[Work, WorkReceipt]:
+        """Close the leaf and state what is owed so far. `finish` OPEN makes an interim receipt.
+
+        `finished_at`: Unix ms for a final receipt, 0 for an interim one. `vouched`: highest voucher held, wei.
+        Raises: RemoteProtocolError when an interim receipt comes before the leaf is full.
+        """
+        final = finish is not FinishReason.OPEN
+        if not final and len(self.pending) != LEAF_TOKENS:
+            raise RemoteProtocolError(f"an interim receipt covers {LEAF_TOKENS} tokens, not {len(self.pending)}")
+        cost = self.cost(finish, finished_at)
+        usage = self.usage()
+        transcript = self.transcript.extend(Leaf.of(self.pending)) if self.pending else self.transcript
+        receipt = WorkReceipt(
+            provider=self.request.provider,
+            client=self.request.client,
+            job_id=Digest(self.job_id),
+            step=self.step + 1,
+            is_final=final,
+            prompt_tokens=usage.prompt,
+            cached_tokens=usage.cached,
+            completion_tokens=usage.completion,
+            reasoning_tokens=usage.reasoning,
+            ste_micro=ste_micro(self.profile, usage),
+            leaves_root=transcript.head,
+            finish_reason=finish,
+            received_at=self.received_at,
+            first_token_at=self.first_token_at,
+            finished_at=finished_at,
+            prompt_line=cost.prompt_line,
+            cached_line=cost.cached_line,
+            completion_line=cost.completion_line,
+            reasoning_line=cost.reasoning_line,
+            multiplier=cost.multiplier,
+            per_request=cost.per_request,
+            refund=cost.refund,
+            total=cost.total,
+            vouched=vouched,
+            tariff_hash=self.request.tariff_hash,
+            previous=self.previous,
+        )
+        return replace(self, transcript=transcript, pending=(), step=self.step + 1, total=cost.total), receipt
+
+    def sealed(self, receipt_digest: Digest) -> Work:
+        """With the digest of the receipt just made, which the next one names as its previous."""
+        return replace(self, previous=receipt_digest)
+
+
+def derive_expected(work: Work, claimed: WorkReceipt, now_ms: int) -> tuple[Work, WorkReceipt]:
+    """The receipt our own account gives for the moment the peer's claims, taking only its clock from it.
+
+    Raises: ReceiptMismatch when the times or cached count cannot be, RemoteProtocolError when no receipt is due.
+    """
+    try:
+        finish = FinishReason(claimed.finish_reason)
+    except ValueError as exc:
+        raise ReceiptMismatch("finish_reason", claimed.finish_reason, "a known reason") from exc
+    if claimed.is_final != (finish is not FinishReason.OPEN):
+        raise ReceiptMismatch("is_final", claimed.is_final, finish is not FinishReason.OPEN)
+    if claimed.cached_tokens > claimed.prompt_tokens:
+        raise ReceiptMismatch("cached_tokens", claimed.cached_tokens, work.request.prompt_tokens)
+    _check_times(work, claimed, now_ms)
+    _check_finish(work, finish, claimed, now_ms)
+    ours = replace(work, first_token_at=claimed.first_token_at, cached_tokens=claimed.cached_tokens)
+    return ours.receipt(finish, claimed.finished_at, Wei(claimed.vouched))
+
+
+def _check_times(work: Work, claimed: WorkReceipt, now_ms: int) -> None:
+    """The provider's clock, held against ours: in order, and no further off than CLOCK_SLACK_MS."""
+    if work.step and claimed.first_token_at != work.first_token_at and work.transcript.tokens:
+        raise ReceiptMismatch("first_token_at", claimed.first_token_at, work.first_token_at)
+    observed = work.first_token_at
+    if bool(claimed.first_token_at) != bool(work.completion_tokens):
+        raise ReceiptMismatch("first_token_at", claimed.first_token_at, observed)
+    if claimed.first_token_at and not (
+        claimed.received_at <= claimed.first_token_at and observed - claimed.first_token_at <= CLOCK_SLACK_MS
+    ):
+        raise ReceiptMismatch("first_token_at", claimed.first_token_at, observed)
+    if claimed.is_final != bool(claimed.finished_at):
+        raise ReceiptMismatch("finished_at", claimed.finished_at, now_ms)
+    if claimed.is_final and not (
+        max(claimed.received_at, claimed.first_token_at) <= claimed.finished_at
+        and abs(now_ms - claimed.finished_at) <= CLOCK_SLACK_MS
+    ):
+        raise ReceiptMismatch("finished_at", claimed.finished_at, now_ms)
+
+
+def _check_finish(work: Work, finish: FinishReason, claimed: WorkReceipt, now_ms: int) -> None:
+    """A reason to stop that the tokens themselves contradict. STOP is checked by the caller, who knows the ids."""
+    if finish is FinishReason.LENGTH and work.completion_tokens != work.request.max_tokens:
+        raise ReceiptMismatch(
+            "finish_reason", "length", f"{work.completion_tokens} of {work.request.max_tokens} tokens"
+        )
+    early = claimed.finished_at < work.request.deadline and now_ms + CLOCK_SLACK_MS < work.request.deadline
+    if finish is FinishReason.DEADLINE and early:
+        raise ReceiptMismatch("finish_reason", "deadline", f"{work.request.deadline - now_ms} ms were left")
+
+
+def check_receipt(domain: Domain, work: Work, claimed: WorkReceipt, now_ms: int) -> tuple[Work, Digest]:
+    """Recompute `claimed` from our account; returns the account after it and the receipt's digest.
+
+    `now_ms`: our clock. Raises: ReceiptMismatch naming the first field that differs, RemoteProtocolError.
+    """
+    after, expected = derive_expected(work, claimed, now_ms)
+    for item in fields(WorkReceipt):
+        if getattr(claimed, item.name) != getattr(expected, item.name):
+            raise ReceiptMismatch(item.name, getattr(claimed, item.name), getattr(expected, item.name))
+    receipt_digest = digest(domain, claimed)
+    return replace(after, first_token_at=claimed.first_token_at).sealed(receipt_digest), receipt_digest
+
+
+def nonce_commitment(provider_nonce: bytes) -> Digest:
+    """What a quote carries: SHA-256 of the nonce that Accept opens."""
+    return Digest(hashlib.sha256(provider_nonce).digest())
