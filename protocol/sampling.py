@@ -7,8 +7,8 @@ Gumbel variable with 32 bits of resolution in the tail that wins. Implementation
 
 Why this generator: k0 and k1 come from SHA-256, so rows (seed, position) are independent as far as anybody can tell;
 within a row i -> x is a bijection of 32-bit words, so every g has its exact marginal, and two keyed rounds of a
-mixer whose measured avalanche bias is 0.17 leave no structure between ids that sampling could see (tested). Nothing here is
-secret: neither side can choose the seed, and that is what prevents steering. It needs only 32-bit multiply, shift, xor.
+mixer whose measured avalanche bias is 0.17 leave no structure between ids that sampling could see (tested). Nothing
+here is secret: neither side can choose the seed, and that prevents steering. It needs only 32-bit multiply, shift, xor.
 Sources: C. Wellons, hash-prospector (lowbias32), https://github.com/skeeto/hash-prospector ; the Gumbel-max
 trick: Gumbel 1954, and Maddison, Tarlow, Minka, A* Sampling, 2014.
 
