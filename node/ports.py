@@ -13,7 +13,9 @@ from typing import Protocol
 from incentives.ledger import ChannelKey, Record, Role, SlotSeen
 from protocol.eip712 import Domain
 from protocol.errors import TallyError
+from protocol.frames import OfferEnvelope
 from protocol.messages import Accept, JobRequest, Profile, Tariff, Voucher, WorkReceipt
+from protocol.offers import CheckedOffer
 from protocol.units import Address, Digest, FinishReason, JobId, Wei
 
 # --------------------------------------------------------------------------------------------------- time, entropy
@@ -479,6 +481,25 @@ class Chain(Protocol):
 
     async def collect(self, provider: Address) -> Mined:
         """Send the provider wallet what it earned."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------------- directory
+
+
+class Directory(Protocol):
+    """The offers this node knows: its own, what gossip brought, and what it pulled from its bootstrap peers."""
+
+    async def announce(self, envelope: OfferEnvelope) -> None:
+        """Publish our own offer and answer with it from now on."""
+        ...
+
+    async def refresh(self) -> None:
+        """Pull from the bootstrap peers now. Never raises: unreachable peers are logged."""
+        ...
+
+    def offers(self) -> list[CheckedOffer]:
+        """Offers that are alive, signed, staked, and under a tariff that the chain has logged."""
         ...
 
 

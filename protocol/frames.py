@@ -68,10 +68,11 @@ class Quote(Struct, frozen=True, array_like=True, tag=2, forbid_unknown_fields=T
 
 
 class Request(Struct, frozen=True, array_like=True, tag=3, forbid_unknown_fields=True):
-    """Client: the signed job. `prompt_chunks` PromptChunk frames follow."""
+    """Client: the signed job. `prompt_chunks` PromptChunk frames follow, sealed to `box_key`."""
 
     request: Packed  # JobRequest
     signature: Signature
+    box_key: Hash
     salt: Hash
     stop_ids: Annotated[tuple[Count, ...], Meta(max_length=64)]
     prompt_chunks: Annotated[int, Meta(ge=1, le=128)]

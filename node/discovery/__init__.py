@@ -1,0 +1,1 @@
+"""Who offers what: pulled from peers, kept fresh by gossip, believed only after the chain agrees."""

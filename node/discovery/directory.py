@@ -1,0 +1,191 @@
+"""The offer directory: `/tally/offers/1` served and pulled, gossip on the model's shard, every offer checked.
+
+The walk of an offer: bytes of a stranger -> `check_envelope` (signatures, hashes, dates) -> the chain (is the node
+key registered to that wallet, with stake; is the tariff logged) -> the book, newest sequence per provider. Gossip and
+pulls are hints; only what passed all of that is ever shown or used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from typing import Final
+
+from node.ports import Chain, ChainError, ChainUnavailable, Clock, PeerAddress, Stream, Transport, TransportError
+from protocol import frames
+from protocol.errors import RemoteProtocolError, UnexpectedFrame
+from protocol.frames import OFFERS_PROTOCOL, OfferEnvelope, OffersAsk, OffersEnd
+from protocol.offers import CheckedOffer, check_envelope
+from protocol.units import ZERO_ADDRESS, Address, Digest, Wei
+
+log = logging.getLogger("tally.discovery")
+
+SHARDS: Final = 256
+"""Gossip topics offers are spread over. A node reads only the shards of models it cares about."""
+
+PAGE: Final = 64
+"""Offers in one answer. Unit: offers, about 1.2 KiB each."""
+
+MAX_OFFERS: Final = 20_000
+"""Offers kept. Unit: offers, about 4 KiB each. Past it the ones that expire first are forgotten."""
+
+PULL_TIMEOUT_S: Final = 10.0
+REFRESH_S: Final = 60.0
+"""How often bootstrap peers are asked again. Unit: s. Gossip carries changes; this heals what gossip lost."""
+
+CHAIN_MEMORY_S: Final = 300.0
+"""How long a registry answer is believed. Unit: s. A slashed or unstaked provider is dropped at most this late."""
+
+
+def shard_topic(model: str) -> str:
+    """Gossip topic of a model's offers."""
+    return f"/tally/offers/1/{int.from_bytes(hashlib.sha256(model.encode()).digest()[:4], 'big') % SHARDS}"
+
+
+class OfferDirectory:
+    """Implements the Directory port. `min_stake`: wei below which an offer is ignored."""
+
+    def __init__(
+        self, transport: Transport, chain: Chain, clock: Clock, bootstrap: tuple[PeerAddress, ...], min_stake: Wei
+    ) -> None:
+        self._transport = transport
+        self._chain = chain
+        self._clock = clock
+        self._bootstrap = bootstrap
+        self._min_stake = min_stake
+        self._book: dict[Address, CheckedOffer] = {}
+        self._topics: set[str] = set()
+        self._registered: dict[Address, tuple[Address, float]] = {}
+        self._logged: set[Digest] = set()
+        self._own: Address | None = None
+
+    def start_serving(self) -> None:
+        """Answer pulls. Call before the transport starts."""
+        self._transport.serve(OFFERS_PROTOCOL, self._answer)
+
+    async def run(self) -> None:
+        """Pull for ever, until cancelled."""
+        while True:
+            await self.refresh()
+            await self._clock.sleep(REFRESH_S if self._book else 1.0)
+
+    async def announce(self, envelope: OfferEnvelope) -> None:
+        """Publish our own offer and answer with it from now on. Raises: RemoteProtocolError if it is not valid."""
+        checked = check_envelope(self._chain.domain, envelope, self._clock.now_ms() // 1000)
+        self._own = Address(checked.offer.provider)
+        self._book[self._own] = checked
+        try:
+            await self._listen(checked.model)
+            await self._transport.publish(shard_topic(checked.model), frames.encode(envelope))
+        except TransportError as exc:
+            log.warning("our offer was not gossiped, peers will pull it: %s", exc)
+
+    async def refresh(self) -> None:
+        """Pull from every bootstrap peer at once. Never raises: unreachable peers are logged."""
+        await asyncio.gather(*(self._pull(peer) for peer in self._bootstrap))
+        self._forget_dead()
+
+    def offers(self) -> list[CheckedOffer]:
+        """Offers alive now, by provider address."""
+        now = self._clock.now_ms() // 1000
+        alive = [o for o in self._book.values() if o.offer.expires_at > now and o.tariff.valid_until > now]
+        return sorted(alive, key=lambda checked: checked.offer.provider)
+
+    async def consider(self, envelope: OfferEnvelope) -> bool:
+        """Check an offer and take it in if it is newer than what we have. Returns whether it was new.
+
+        Raises: RemoteProtocolError when it is forged or broken, ChainError when the chain cannot be asked.
+        """
+        checked = check_envelope(self._chain.domain, envelope, self._clock.now_ms() // 1000)
+        provider = Address(checked.offer.provider)
+        known = self._book.get(provider)
+        if provider == self._own or (known is not None and known.offer.sequence >= checked.offer.sequence):
+            return False
+        if await self._wallet_of(checked.node_key) != provider:
+            raise RemoteProtocolError("the offer's node key is not registered to its wallet, or the stake is too low")
+        if not await self._is_logged(checked):
+            raise RemoteProtocolError("the offer's tariff is not in the chain's log")
+        self._book[provider] = checked
+        await self._listen(checked.model)
+        return True
+
+    async def _wallet_of(self, node_key: Address) -> Address | None:
+        known = self._registered.get(node_key)
+        if known is not None and self._clock.monotonic() - known[1] < CHAIN_MEMORY_S:
+            return known[0]
+        record = await self._chain.provider_by_node_key(node_key)
+        if record is None or record.stake < self._min_stake:
+            return None
+        self._registered[node_key] = (record.wallet, self._clock.monotonic())
+        return record.wallet
+
+    async def _is_logged(self, checked: CheckedOffer) -> bool:
+        if checked.tariff_hash in self._logged:
+            return True
+        record = await self._chain.tariff(checked.tariff_hash)
+        if record is None or record.provider != checked.tariff.provider:
+            return False
+        self._logged.add(checked.tariff_hash)
+        return True
+
+    async def _listen(self, model: str) -> None:
+        topic = shard_topic(model)
+        if topic not in self._topics:
+            self._topics.add(topic)
+            await self._transport.subscribe(topic, self._hear)
+
+    async def _hear(self, author: str, payload: bytes) -> None:
+        """A gossiped offer."""
+        try:
+            frame = frames.decode(payload)
+            if isinstance(frame, OfferEnvelope):
+                await self.consider(frame)
+        except (RemoteProtocolError, ChainError) as exc:
+            log.info("gossip of %s ignored: %s", author, exc)
+
+    async def _answer(self, stream: Stream) -> None:
+        """One stream of /tally/offers/1."""
+        ask = frames.decode(await stream.receive(PULL_TIMEOUT_S))
+        if not isinstance(ask, OffersAsk):
+            raise UnexpectedFrame(type(ask).__name__, "offers")
+        rest = [checked for checked in self.offers() if checked.offer.provider > ask.after]
+        page = [frames.encode(checked.envelope) for checked in rest[:PAGE]]
+        await stream.send(*page, frames.encode(OffersEnd(len(rest) > PAGE)))
+        await stream.close()
+
+    async def _pull(self, peer: PeerAddress) -> None:
+        after, more = ZERO_ADDRESS, True
+        try:
+            while more:
+                more, after = await self._pull_page(peer, after)
+        except (TransportError, RemoteProtocolError, ChainUnavailable) as exc:
+            log.info("offers of %s could not be pulled: %s", peer.peer_id, exc)
+
+    async def _pull_page(self, peer: PeerAddress, after: Address) -> tuple[bool, Address]:
+        """One page; (whether more follow, where they start). Raises: TransportError, RemoteProtocolError."""
+        stream = await self._transport.open(peer, OFFERS_PROTOCOL, PULL_TIMEOUT_S)
+        try:
+            await stream.send(frames.encode(OffersAsk(after)))
+            for _ in range(PAGE + 1):
+                frame = frames.decode(await stream.receive(PULL_TIMEOUT_S))
+                if isinstance(frame, OffersEnd):
+                    return frame.more and after != ZERO_ADDRESS, after
+                if not isinstance(frame, OfferEnvelope):
+                    raise UnexpectedFrame(type(frame).__name__, "offers")
+                after = max(after, await self._consider_quietly(frame))
+        finally:
+            await stream.close()
+        raise RemoteProtocolError(f"more than {PAGE} offers on a page")
+
+    async def _consider_quietly(self, envelope: OfferEnvelope) -> Address:
+        try:
+            await self.consider(envelope)
+        except RemoteProtocolError as exc:
+            log.info("an offer was ignored: %s", exc)
+        return Address(envelope.offer[:20])
+
+    def _forget_dead(self) -> None:
+        alive = self.offers()
+        alive.sort(key=lambda checked: -checked.offer.expires_at)
+        self._book = {Address(checked.offer.provider): checked for checked in alive[:MAX_OFFERS]}

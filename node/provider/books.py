@@ -1,0 +1,115 @@
+"""The provider's channels: every job's reservations and vouchers go through here, one step at a time per channel.
+
+Contract: what `take_voucher` returned from is on disk; what `reserve` granted is covered by confirmed escrow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from incentives.channel import (
+    ActionRelease,
+    ActionReserve,
+    Channel,
+    ContractReceiveSlot,
+    ReceiveVoucher,
+    SettleNow,
+    apply,
+)
+from incentives.ledger import ChannelKey, Role, SlotSeen, VoucherReceived
+from node.ports import Chain, ChainUnavailable, Store
+from protocol.errors import RemoteProtocolError
+from protocol.messages import Voucher
+from protocol.signing import verify
+from protocol.units import Address, JobId, Wei
+
+log = logging.getLogger("tally.provider.books")
+
+
+class Books:
+    """All channels of one provider wallet. `on_exit` is called when a payer asks to leave with vouchers unsettled."""
+
+    def __init__(self, provider: Address, store: Store, chain: Chain, on_exit: Callable[[], None]) -> None:
+        self._provider = provider
+        self._store = store
+        self._chain = chain
+        self._on_exit = on_exit
+        self._channels: dict[Address, Channel] = {}
+        self._signatures: dict[Address, bytes] = {}
+        self._locks: dict[Address, asyncio.Lock] = {}
+
+    async def load(self) -> None:
+        """Rebuild every channel from the journal. Raises: StoreError."""
+        for account in await self._store.accounts(Role.PROVIDER):
+            self._channels[account.key.client] = Channel(
+                account.key, account.deposit, account.claimed, account.exit_at, account.owed, account.vouched
+            )
+            self._signatures[account.key.client] = account.voucher_signature
+
+    def channels(self) -> list[tuple[Channel, bytes]]:
+        """Every channel with the signature of its highest voucher."""
+        return [(channel, self._signatures.get(client, b"")) for client, channel in self._channels.items()]
+
+    def channel(self, client: Address) -> Channel:
+        """The channel as known now; an empty one when the chain has shown none."""
+        return self._channels.get(client) or Channel(ChannelKey(self._provider, client))
+
+    async def confirm(self, client: Address, needed: Wei) -> Channel:
+        """The channel, after a look at the chain when what we know would not cover `needed`.
+
+        With the RPC down the last confirmed slot stands: we serve up to it and no further.
+        """
+        if self.channel(client).free < needed:
+            await self.refresh(client)
+        return self.channel(client)
+
+    async def refresh(self, client: Address) -> None:
+        """Look at the slot on the chain now; keep what is known when the chain does not answer."""
+        try:
+            slot = await self._chain.slot(ChannelKey(self._provider, client))
+        except ChainUnavailable:
+            log.warning("the chain does not answer; serving %s up to its confirmed escrow", client.hex())
+        else:
+            if slot is not None:
+                await self.see_slot(slot)
+
+    async def see_slot(self, slot: SlotSeen) -> None:
+        """Take in an escrow slot that the chain shows. Raises: StoreError."""
+        async with self._lock(slot.key.client):
+            await self._store.write(slot)
+            step = apply(self.channel(slot.key.client), ContractReceiveSlot(slot))
+            self._channels[slot.key.client] = step.state
+        if any(isinstance(effect, SettleNow) for effect in step.effects):
+            self._on_exit()
+
+    def reserve(self, client: Address, job_id: JobId, amount: Wei) -> None:
+        """Raises: Overspend when confirmed escrow does not cover it."""
+        self._channels[client] = apply(self.channel(client), ActionReserve(job_id, amount)).state
+
+    def release(self, client: Address, job_id: JobId) -> None:
+        """The job is over."""
+        self._channels[client] = apply(self.channel(client), ActionRelease(job_id)).state
+
+    async def take_voucher(
+        self, client: Address, job_id: JobId, step: int, before: Wei, after: Wei, voucher: Voucher, signature: bytes
+    ) -> None:
+        """Check, journal, then count a voucher for receipt `step`, which moved the job from `before` to `after` wei.
+
+        Raises: BadSignature, Overspend, StaleVoucher, RemoteProtocolError, StoreError; then nothing was counted.
+        """
+        if voucher.provider != self._provider:
+            raise RemoteProtocolError("the voucher is for another provider")
+        verify(self._chain.domain, voucher, signature, client)
+        async with self._lock(client):
+            change = ReceiveVoucher(job_id, before, after, Wei(voucher.cumulative))
+            apply(self.channel(client), change)
+            await self._store.write(VoucherReceived(client, job_id, step, voucher, signature))
+            raised = voucher.cumulative > self.channel(client).vouched
+            self._channels[client] = apply(self.channel(client), change).state
+            if raised:
+                self._signatures[client] = signature
+
+    def _lock(self, client: Address) -> asyncio.Lock:
+        return self._locks.setdefault(client, asyncio.Lock())

@@ -1,0 +1,257 @@
+"""Delivery of one accepted job: engine tokens out, receipts out, vouchers in, until END, cancel, or a dead client.
+
+The walk of a token: engine -> `_pump` (buffer) -> `_deliver` (sealed Tokens frame, work account) -> at 32 tokens a
+receipt (journal, sign, send) -> nothing more leaves until its voucher is checked and journaled (`_on_voucher`).
+So at most one increment is ever delivered and not paid for; the engine may run one increment ahead meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from incentives.ledger import AckReceived, JobClosed, ReceiptIssued, Role
+from node.jobstream import JobStream
+from node.ports import Clock, EngineToken, Store, StreamEnded
+from node.provider.books import Books
+from protocol.eip712 import Domain, digest
+from protocol.errors import Overspend, RemoteProtocolError, UnexpectedFrame
+from protocol.frames import Ack, Cancel, End, Receipt, TokenBatch, Tokens, VoucherFrame, encode_batch
+from protocol.messages import ReceiptAck, Voucher, WorkReceipt
+from protocol.packing import pack, unpack
+from protocol.sealing import Sealed
+from protocol.signing import Signer, verify
+from protocol.tariff import worst_case_up
+from protocol.units import INCREMENT_TOKENS, Address, Digest, FinishReason, Tier, Wei
+from protocol.work import Work
+
+log = logging.getLogger("tally.provider.delivery")
+
+COALESCE_S: Final = 0.02
+"""Tokens are gathered for this long before a frame leaves. Unit: s. Below what a reader notices; doubling it halves
+the frames and adds as much to the time between tokens. The first token of a job never waits."""
+
+VOUCHER_TIMEOUT_S: Final = 60.0
+"""How long a live client may keep an increment waiting (a slow reader). Unit: s. Its slot is held meanwhile."""
+
+ACK_TIMEOUT_S: Final = 10.0
+"""How long we wait for the final acknowledgement. Unit: s. Without it the last increment is unpaid, not disputed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What delivery needs from its provider; the same for every job."""
+
+    domain: Domain
+    signer: Signer
+    books: Books
+    store: Store
+    clock: Clock
+
+
+class Delivery:
+    """One job, from acceptance to its terminal state. `run` returns the finish reason that was journaled."""
+
+    def __init__(self, tools: Tools, talk: JobStream, sealed: Sealed, work: Work) -> None:
+        self._tools = tools
+        self._talk = talk
+        self._sealed = sealed
+        self._work = work
+        self._client = Address(work.request.client)
+        self._rows: list[tuple[int, bytes, bytes]] = []
+        self._engine_finish = FinishReason.OPEN
+        self._failure: Exception | None = None
+        self._wake = asyncio.Event()
+        self._cancelled = False
+        self._unvouched: WorkReceipt | None = None  # the receipt whose voucher we wait for
+        self._acked = Wei(0)  # the job's total at its last vouched receipt
+        self._acknowledged = asyncio.Event()
+
+    @property
+    def work(self) -> Work:
+        """The account as it stands."""
+        return self._work
+
+    async def run(self, tokens: AsyncIterator[EngineToken]) -> FinishReason:
+        """Raises: RemoteProtocolError when the client broke the protocol, StoreError; the job is closed either way."""
+        pump = asyncio.create_task(self._pump(tokens))
+        reader = asyncio.create_task(self._read())
+        finish, detail = FinishReason.ERROR, ""
+        try:
+            finish = await self._deliver()
+            await self._end(finish)
+        except StreamEnded as exc:
+            finish, detail = FinishReason.CANCELLED, f"the client vanished: {exc}"
+        except RemoteProtocolError as exc:
+            detail = str(exc)
+            raise
+        finally:
+            for task in (pump, reader):
+                task.cancel()
+            await asyncio.gather(pump, reader, return_exceptions=True)
+            self._tools.books.release(self._client, self._work.job_id)
+            closed = JobClosed(Role.PROVIDER, self._work.job_id, finish, self._acked, detail)
+            await asyncio.shield(self._tools.store.write(closed))
+        return finish
+
+    # -------------------------------------------------------------------------------------------------- what comes in
+
+    async def _pump(self, tokens: AsyncIterator[EngineToken]) -> None:
+        """Engine tokens into the buffer, never more than one increment ahead of delivery."""
+        try:
+            async with contextlib.aclosing(tokens) as stream:  # type: ignore[type-var]
+                async for token in stream:
+                    if not self._work.completion_tokens and not self._rows:
+                        self._work = replace(self._work, cached_tokens=token.cached_tokens)
+                    self._rows.append((token.token_id, token.logprob, token.projection))
+                    self._engine_finish = token.finish
+                    self._wake.set()
+        except Exception as exc:  # noqa: BLE001 - whatever the engine raises ends this job, and only this job
+            self._fail(exc)
+
+    async def _read(self) -> None:
+        """Frames of the client, until it closes."""
+        try:
+            while True:
+                frame = await self._talk.receive()
+                match frame:
+                    case VoucherFrame():
+                        await self._on_voucher(frame.step, unpack(Voucher, frame.voucher), frame.signature)
+                    case Cancel():
+                        self._cancelled = True
+                    case Ack():
+                        await self._on_ack(frame)
+                    case _:
+                        raise UnexpectedFrame(type(frame).__name__, self._talk.conversation.state)
+                self._wake.set()
+        except Exception as exc:  # noqa: BLE001 - handed to the delivering task, which raises it
+            self._fail(exc)
+
+    def _fail(self, exc: Exception) -> None:
+        self._failure = self._failure or exc
+        self._acknowledged.set()
+        self._wake.set()
+
+    async def _on_voucher(self, step: int, voucher: Voucher, signature: bytes) -> None:
+        receipt = self._unvouched
+        if receipt is None or step != receipt.step:
+            raise RemoteProtocolError(f"a voucher for receipt {step}, which is not the one outstanding")
+        await self._tools.books.take_voucher(
+            self._client, self._work.job_id, step, self._acked, Wei(receipt.total), voucher, signature
+        )
+        self._acked = Wei(receipt.total)
+        self._unvouched = None
+
+    async def _on_ack(self, frame: Ack) -> None:
+        ack = unpack(ReceiptAck, frame.ack)
+        receipt = self._unvouched
+        if receipt is None or not receipt.is_final or ack.receipt != self._work.previous:
+            raise RemoteProtocolError("an acknowledgement of another receipt than the final one")
+        verify(self._tools.domain, ack, frame.signature, self._client)
+        await self._on_voucher(receipt.step, unpack(Voucher, frame.voucher), frame.voucher_signature)
+        await self._tools.store.write(AckReceived(self._work.job_id, ack, frame.signature))
+        self._acknowledged.set()
+
+    # -------------------------------------------------------------------------------------------------- what goes out
+
+    async def _deliver(self) -> FinishReason:
+        """Tokens and interim receipts until there is a reason to end. Raises what ended the stream."""
+        sent_at = 0.0
+        while True:
+            await self._vouched()
+            if self._work.step and not self._work.pending and not self._reserve_next():
+                return FinishReason.ESCROW_EXHAUSTED
+            await self._tokens_to_send(sent_at)
+            if self._cancelled:
+                return FinishReason.CANCELLED
+            if self._until_deadline() <= 0:
+                return FinishReason.DEADLINE
+            await self._send_tokens()
+            sent_at = self._tools.clock.monotonic()
+            if not self._rows and self._engine_finish is not FinishReason.OPEN:
+                return self._engine_finish
+            if self._work.room == 0:
+                await self._send_receipt()
+
+    async def _vouched(self) -> None:
+        """Until no receipt is outstanding. A client that cancels still vouches for what it was receipted."""
+        await self._wait(VOUCHER_TIMEOUT_S, lambda: self._unvouched is None)
+        if self._unvouched is not None:
+            raise StreamEnded(f"no voucher for receipt {self._unvouched.step} in {VOUCHER_TIMEOUT_S:g} s")
+
+    async def _tokens_to_send(self, sent_at: float) -> None:
+        """Until there are tokens and the last frame is COALESCE_S old, or a leaf is full, or the job must end."""
+        await self._wait(self._until_deadline(), lambda: bool(self._rows) or self._cancelled)
+        gather = min(sent_at + COALESCE_S - self._tools.clock.monotonic(), self._until_deadline())
+        if self._work.completion_tokens and gather > 0:
+            await self._wait(gather, self._worth_sending)
+
+    def _worth_sending(self) -> bool:
+        full = len(self._rows) >= self._work.room
+        return full or self._engine_finish is not FinishReason.OPEN or self._cancelled
+
+    def _until_deadline(self) -> float:
+        return (self._work.request.deadline - self._tools.clock.now_ms()) / 1000
+
+    async def _wait(self, limit_s: float, ready: Callable[[], bool]) -> None:
+        """Until `ready()` or the limit. Raises: whatever ended the stream or the engine meanwhile."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, limit_s)):
+                while not (ready() or self._failure):
+                    self._wake.clear()
+                    await self._wake.wait()
+        if self._failure:
+            raise self._failure
+
+    def _reserve_next(self) -> bool:
+        """Hold escrow for the next increment before a token of it leaves; False when it does not cover one."""
+        work, request = self._work, self._work.request
+        upto = min(request.max_tokens, work.completion_tokens + INCREMENT_TOKENS)
+        worst = worst_case_up(work.tariff, request.prompt_tokens, upto, Tier(request.tier), private=request.private)
+        try:
+            self._tools.books.reserve(self._client, work.job_id, Wei(max(0, worst - self._acked)))
+        except Overspend as exc:
+            log.info("job %s ends at its escrow: %s", work.job_id.hex()[:16], exc)
+            return False
+        return True
+
+    async def _send_tokens(self) -> None:
+        rows = tuple(self._rows[: self._work.room])
+        del self._rows[: len(rows)]
+        start = self._work.completion_tokens
+        self._work = self._work.take(rows, self._tools.clock.now_ms())
+        batch = TokenBatch(
+            start, tuple(row[0] for row in rows), b"".join(row[1] for row in rows), b"".join(row[2] for row in rows)
+        )
+        await self._talk.send(Tokens(self._sealed.seal(encode_batch(batch))))
+
+    async def _issue(self, finish: FinishReason) -> tuple[WorkReceipt, bytes]:
+        """Make the receipt, journal it, and only then sign it."""
+        finished_at = 0 if finish is FinishReason.OPEN else self._tools.clock.now_ms()
+        vouched = self._tools.books.channel(self._client).vouched
+        work, receipt = self._work.receipt(finish, finished_at, vouched)
+        receipt_digest = digest(self._tools.domain, receipt)
+        await self._tools.store.write(ReceiptIssued(receipt_digest, receipt))
+        self._work = work.sealed(receipt_digest)
+        self._unvouched = receipt
+        return receipt, self._tools.signer.sign_digest(Digest(receipt_digest))
+
+    async def _send_receipt(self) -> None:
+        receipt, signature = await self._issue(FinishReason.OPEN)
+        await self._talk.send(Receipt(pack(receipt), signature))
+
+    async def _end(self, finish: FinishReason) -> None:
+        """The final receipt out, its acknowledgement in. Raises: StreamEnded, RemoteProtocolError."""
+        receipt, signature = await self._issue(finish)
+        await self._talk.send(End(pack(receipt), signature))
+        try:
+            async with asyncio.timeout(ACK_TIMEOUT_S):
+                await self._acknowledged.wait()
+        except TimeoutError as exc:
+            raise StreamEnded(f"the final receipt was not acknowledged in {ACK_TIMEOUT_S:g} s") from exc
+        if self._failure and self._unvouched is not None:
+            raise self._failure

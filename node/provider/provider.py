@@ -1,0 +1,177 @@
+"""The provider role whole: recovers, registers, offers, serves, settles, drains. node/app.py wires its ports.
+
+Contract: an accepted job reaches the journal before its first token and is closed in it exactly once, whatever ends
+it; what was vouched for is settled before a clean stop, and after an unclean one at the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Final
+
+from incentives.ledger import JobClosed, Role
+from incentives.settlement import SettlePolicy
+from node.ports import (
+    Chain,
+    ChainError,
+    ChainUnavailable,
+    Clock,
+    Directory,
+    Engine,
+    Entropy,
+    ModelCard,
+    Store,
+    Transport,
+)
+from node.provider.books import Books
+from node.provider.delivery import Tools
+from node.provider.offering import OFFER_LIFE_S, Offering, OfferTexts
+from node.provider.server import JobServer
+from node.provider.settler import Settler
+from protocol.frames import CARD_PROTOCOL, JOB_PROTOCOL
+from protocol.messages import Tariff
+from protocol.signing import Signer
+from protocol.units import FinishReason, Wei
+
+log = logging.getLogger("tally.provider")
+
+RETRY_S: Final = 2.0
+"""Pause before the chain is tried again. Unit: s."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderSettings:
+    """What the operator chose. `tariff`: prices, its sequence and dates are filled in. `stake`: wei to hold staked."""
+
+    tariff: Tariff
+    texts: OfferTexts
+    policy: SettlePolicy
+    stake: Wei
+    drain_s: float
+
+
+class Provider:
+    """One provider wallet's node. `start` returns when jobs are accepted."""
+
+    def __init__(
+        self,
+        settings: ProviderSettings,
+        node_key: Signer,
+        engine: Engine,
+        card: ModelCard,
+        store: Store,
+        chain: Chain,
+        transport: Transport,
+        directory: Directory,
+        clock: Clock,
+        entropy: Entropy,
+    ) -> None:
+        self._settings = settings
+        self._node_key = node_key
+        self._engine = engine
+        self._store = store
+        self._chain = chain
+        self._clock = clock
+        self._wallet = settings.tariff.provider
+        self.books = Books(self._wallet, store, chain, self._on_exit)
+        self.settler = Settler(self._wallet, self.books, store, chain, clock, settings.policy)
+        self.offering = Offering(
+            settings.tariff, settings.texts, node_key, engine, store, chain, transport, directory, clock, entropy
+        )
+        tools = Tools(chain.domain, node_key, self.books, store, clock)
+        self.server = JobServer(tools, engine, entropy, card, self.offering)
+        transport.serve(JOB_PROTOCOL, self.server.handle_job)
+        transport.serve(CARD_PROTOCOL, self.server.handle_card)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _on_exit(self) -> None:
+        self.settler.wake()
+
+    async def start(self) -> None:
+        """Recover, register, log the tariff, wait until it is in force, offer.
+
+        Raises: StoreError, ChainError; ChainUnavailable is waited out as long as the tariff was logged before.
+        """
+        await self.books.load()
+        for job in await self._store.jobs(Role.PROVIDER, open_only=True):
+            detail = "the provider stopped while it was running; what was vouched for is kept"
+            await self._store.write(JobClosed(Role.PROVIDER, job.job_id, FinishReason.ERROR, job.owed, detail))
+        await self._chain.register_provider(self._node_key.secret, self._settings.stake)
+        in_force_at = await self.offering.prepare_tariff()
+        await self._tolerating_chain("open settlements were not looked up", self.settler.resolve("lost in a restart"))
+        while self._clock.now_ms() // 1000 < in_force_at and not self.offering.terms_in_force():
+            await self._clock.sleep(min(1.0, max(0.05, in_force_at - self._clock.now_ms() / 1000)))
+        await self.offering.renew()
+        self._tasks = [
+            asyncio.create_task(self.settler.run()),
+            asyncio.create_task(self._watch()),
+            asyncio.create_task(self._keep_offering()),
+        ]
+
+    async def stop(self) -> None:
+        """Refuse new jobs, finish or cut off running ones, settle everything, stop. Idempotent."""
+        await self.server.drain(self._settings.drain_s)
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await self._tolerating_chain("the last vouchers stay for the next start", self._settle_rest())
+
+    async def _settle_rest(self) -> None:
+        while await self.settler.settle_due(everything=True):
+            pass
+
+    async def _tolerating_chain(self, otherwise: str, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except ChainError as exc:
+            log.warning("%s: %s", otherwise, exc)
+
+    async def _watch(self) -> None:
+        """Follow our escrow slots for ever, through an RPC that comes and goes."""
+        while True:
+            try:
+                await self._chain.watch_slots(self._wallet, self.books.see_slot)
+            except ChainUnavailable as exc:
+                log.warning("the chain does not answer, serving up to confirmed escrow: %s", exc)
+            except ChainError as exc:
+                log.error("the chain could not be followed: %s", exc)
+            await self._clock.sleep(RETRY_S)
+
+    async def _keep_offering(self) -> None:
+        while True:
+            await self._clock.sleep(OFFER_LIFE_S / 2)
+            try:
+                await self.offering.prepare_tariff()
+            except ChainError as exc:
+                log.warning("the tariff could not be renewed, the present one stands: %s", exc)
+            await self.offering.renew()
+
+    async def status(self) -> dict[str, object]:
+        """Plain JSON values for `tally status`; amounts as decimal strings of wei."""
+        stats, totals = self._engine.stats(), self.settler.totals
+        channels = [channel for channel, _ in self.books.channels()]
+        return {
+            "role": "provider",
+            "wallet": "0x" + self._wallet.hex(),
+            "model": self._settings.texts.model,
+            "jobs_running": self.server.running,
+            "jobs_served": self.server.jobs_served,
+            "tokens_served": self.server.tokens_served,
+            "slots": stats.slots,
+            "slots_active": stats.active,
+            "queued": stats.queued,
+            "channels": len(channels),
+            "vouched_wei": str(sum(channel.vouched for channel in channels)),
+            "unclaimed_wei": str(sum(max(0, channel.unclaimed) for channel in channels)),
+            "settled_wei": str(totals.paid),
+            "protocol_fee_wei": str(totals.fee),
+            "settlements": totals.batches,
+            "settlement_gas": totals.gas,
+            "settlement_pairs": totals.pairs,
+            "last_settlement_error": totals.last_error,
+        }

@@ -1,0 +1,211 @@
+"""The provider's side of /tally/job/1 and /tally/card/1: a handler per stream, whose failure costs only that stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Final
+
+from incentives.ledger import JobOpened, Role
+from node.jobstream import JobStream
+from node.ports import Engine, EngineFull, Entropy, ModelCard, Stream, StreamEnded
+from node.provider.admission import Admitted, check_prompt, check_request, engine_request
+from node.provider.delivery import Delivery, Tools
+from node.provider.offering import Offering
+from protocol import frames
+from protocol.errors import Overspend, Refused, RemoteProtocolError, TallyError, UnexpectedFrame
+from protocol.frames import (
+    Abort,
+    Accepted,
+    CardAsk,
+    CardChunk,
+    CardHead,
+    PromptChunk,
+    Quote,
+    QuoteAsk,
+    RefusalCode,
+    Refuse,
+    Request,
+)
+from protocol.messages import Accept
+from protocol.packing import pack
+from protocol.sealing import Sealed
+from protocol.session import Side, State
+from protocol.units import Address, Digest, FinishReason, Wei
+from protocol.work import Work, nonce_commitment
+
+log = logging.getLogger("tally.provider")
+
+ASK_TIMEOUT_S: Final = 10.0
+"""A stream that says nothing for this long is closed. Unit: s."""
+
+QUOTE_LIFE_S: Final = 30.0
+"""How long a quote waits for its request. Unit: s. The nonce it commits to is held in memory as long."""
+
+MAX_STREAMS: Final = 256
+"""Job streams at once, quotes included. Each holds one increment and a conversation, some 100 KiB at most."""
+
+
+class JobServer:
+    """Serves jobs under the offering's terms. `draining` refuses new ones."""
+
+    def __init__(self, tools: Tools, engine: Engine, entropy: Entropy, card: ModelCard, offering: Offering) -> None:
+        self._tools = tools
+        self._engine = engine
+        self._entropy = entropy
+        self._card = card
+        self._offering = offering
+        self.draining = False
+        self.jobs_served = 0
+        self.tokens_served = 0
+        self._streams = 0
+        self._running: set[asyncio.Task[None]] = set()
+
+    @property
+    def running(self) -> int:
+        """Jobs accepted and not yet closed."""
+        return len(self._running)
+
+    async def drain(self, limit_s: float) -> None:
+        """Refuse new jobs and wait for the running ones, at most `limit_s`; then cut them off."""
+        self.draining = True
+        if self._running:
+            _, late = await asyncio.wait(set(self._running), timeout=limit_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    async def handle_job(self, stream: Stream) -> None:
+        """One stream of /tally/job/1."""
+        if self._streams >= MAX_STREAMS:
+            await stream.reset()
+            return
+        self._streams += 1
+        try:
+            async with JobStream(stream, Side.PROVIDER, self._tools.clock) as talk:
+                await self._converse(talk)
+        finally:
+            self._streams -= 1
+
+    async def _converse(self, talk: JobStream) -> None:
+        """Quote, request, delivery; and the one place that turns what went wrong into the client's last frame."""
+        try:
+            nonce = await self._quote(talk)
+            request = await talk.expect(Request, QUOTE_LIFE_S)
+            await self._serve(talk, request, nonce)
+        except StreamEnded as exc:
+            log.debug("job stream of %s ended: %s", talk.stream.peer_id, exc)
+        except Refused as exc:
+            await self._last_word(talk, exc.code, exc.reason)
+        except RemoteProtocolError as exc:
+            log.warning("peer %s broke the protocol: %s", talk.stream.peer_id, exc)
+            await self._last_word(talk, RefusalCode.BAD_REQUEST, str(exc))
+        except (TallyError, ValueError) as exc:
+            log.error("a job failed here, nothing unvouched is charged: %s", exc)
+            await self._last_word(talk, RefusalCode.INTERNAL, "the provider failed; nothing unvouched is charged")
+
+    async def _last_word(self, talk: JobStream, code: str, reason: str) -> None:
+        before_acceptance = talk.conversation.state in (State.ASKED, State.REQUESTED)
+        goodbye = Refuse(code, reason[:1024]) if before_acceptance else Abort(code, reason[:1024])
+        with contextlib.suppress(TallyError):
+            await talk.send(goodbye)
+
+    async def _quote(self, talk: JobStream) -> bytes:
+        """Answer a QuoteAsk; returns the nonce the quote commits to. Raises: Refused, StreamEnded."""
+        ask = await talk.expect(QuoteAsk, ASK_TIMEOUT_S)
+        terms, stats = self._offering.terms(), self._engine.stats()
+        if self.draining:
+            raise Refused(RefusalCode.DRAINING, "this provider is shutting down")
+        if ask.profile_id != terms.profile_id:
+            raise Refused(RefusalCode.UNKNOWN_MODEL, "this provider does not serve that profile")
+        if ask.prompt_tokens + ask.max_tokens > terms.max_context:
+            raise Refused(RefusalCode.CONTEXT_LENGTH, f"prompt and output together may have {terms.max_context} tokens")
+        newest = max(terms.tariffs.items(), key=lambda item: item[1].sequence, default=None)
+        if newest is None:
+            raise Refused(RefusalCode.TARIFF, "no tariff of this provider is in force yet")
+        nonce = self._entropy.token(32)
+        waiting = max(0, stats.active + stats.queued + 1 - stats.slots)
+        await talk.send(Quote(nonce_commitment(nonce), newest[0], waiting * 1000))
+        return nonce
+
+    async def _serve(self, talk: JobStream, frame: Request, nonce: bytes) -> None:
+        """Admit, journal, accept, deliver. Raises: Refused, RemoteProtocolError, StreamEnded, StoreError."""
+        tools = self._tools
+        terms = self._offering.terms()
+        admitted = check_request(tools.domain, terms, frame, nonce, tools.clock.now_ms())
+        box_key = self._offering.box_key(frame.box_key)
+        if box_key is None:
+            raise Refused(RefusalCode.TARIFF, "the prompt is sealed to a box key that is gone; take the current offer")
+        if admitted.request.client_box_key == box_key.public:
+            raise RemoteProtocolError("the client uses our own box key")
+        sealed = Sealed(box_key, admitted.request.client_box_key, we_are_client=False)
+        plaintext = b"".join([sealed.unseal((await self._chunk(talk)).sealed) for _ in range(frame.prompt_chunks)])
+        prompt = check_prompt(terms, admitted, frame.salt, plaintext)
+        client = Address(admitted.request.client)
+        await tools.books.confirm(client, admitted.first_increment)
+        if await tools.store.job(admitted.job_id) is not None:
+            raise Refused(RefusalCode.DUPLICATE, "this job was requested before; a new one needs a new client nonce")
+        try:
+            tools.books.reserve(client, admitted.job_id, Wei(admitted.first_increment))
+        except Overspend as exc:
+            raise Refused(RefusalCode.PAYMENT_REQUIRED, f"escrow does not cover the first increment: {exc}") from exc
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        try:
+            await self._accept_and_deliver(talk, frame, admitted, nonce, sealed, prompt)
+        finally:
+            self._running.discard(task)
+            tools.books.release(client, admitted.job_id)
+
+    async def _chunk(self, talk: JobStream) -> PromptChunk:
+        return await talk.expect(PromptChunk, ASK_TIMEOUT_S)
+
+    async def _accept_and_deliver(
+        self, talk: JobStream, frame: Request, admitted: Admitted, nonce: bytes, sealed: Sealed, prompt: tuple[int, ...]
+    ) -> None:
+        tools = self._tools
+        try:
+            tokens = self._engine.submit(engine_request(admitted, prompt, frame.stop_ids))
+        except EngineFull as exc:
+            raise Refused(RefusalCode.BUSY, str(exc)) from exc
+        except ValueError as exc:
+            raise Refused(RefusalCode.BAD_REQUEST, str(exc)) from exc
+        accept = Accept(Digest(admitted.job_id), Digest(nonce), admitted.seed, tools.clock.now_ms())
+        signature = tools.signer.sign(tools.domain, accept)
+        await tools.store.write(
+            JobOpened(
+                Role.PROVIDER, admitted.job_id, admitted.request, frame.signature, accept, signature, self._card.model
+            )
+        )
+        await talk.send(Accepted(pack(accept), signature))
+        work = Work.start(admitted.job_id, admitted.request, admitted.tariff, self._card.profile, accept)
+        delivery = Delivery(tools, talk, sealed, work)
+        finish = await delivery.run(tokens)
+        self.tokens_served += delivery.work.completion_tokens
+        self.jobs_served += finish is not FinishReason.ERROR
+
+    async def handle_card(self, stream: Stream) -> None:
+        """One stream of /tally/card/1: the tokenizer and template of the profile served here."""
+        ask = frames.decode(await stream.receive(ASK_TIMEOUT_S))
+        if not isinstance(ask, CardAsk):
+            raise UnexpectedFrame(type(ask).__name__, "card")
+        card = self._card
+        if ask.profile_id != card.profile_id:
+            await stream.send(frames.encode(Refuse(RefusalCode.UNKNOWN_MODEL, "that profile is not served here")))
+        else:
+            chunks = frames.chunked(card.tokenizer_json)
+            head = CardHead(
+                card.model,
+                pack(card.profile),
+                card.chat_template,
+                card.special,
+                card.eos_ids,
+                card.max_context,
+                len(chunks),
+            )
+            await stream.send(frames.encode(head))
+            for chunk in chunks:
+                await stream.send(frames.encode(CardChunk(chunk)))
+        await stream.close()

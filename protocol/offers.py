@@ -1,0 +1,96 @@
+"""Offers as they travel: a signed Offer, the texts behind its hashes, and the signed Tariff it names. Pure checks.
+
+What the documents alone can prove is checked here; that the node key belongs to the wallet, and that the tariff is
+in the chain's log, is for the caller to ask the chain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from eth_hash.auto import keccak
+
+from protocol.eip712 import Domain, digest
+from protocol.errors import BadSignature, FieldOutOfRange, RemoteProtocolError
+from protocol.frames import OfferEnvelope
+from protocol.messages import Offer, Tariff
+from protocol.packing import pack, unpack
+from protocol.signing import Signer, recover_digest, verify
+from protocol.tariff import check_in_force, check_tariff
+from protocol.units import Address, Digest
+
+MAX_OFFER_LIFE_S: Final = 3600
+"""Longest an offer may claim to live. Unit: s. A dead provider is forgotten after that; offers are renewed every
+15 minutes, so doubling it only makes the market staler."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedOffer:
+    """An envelope that passed every check its documents allow. `node_key`: who signed offer and tariff."""
+
+    offer: Offer
+    tariff: Tariff
+    tariff_hash: Digest
+    node_key: Address
+    peer_id: str
+    addresses: tuple[str, ...]
+    model: str
+    region: str
+    envelope: OfferEnvelope
+
+
+def text_hash(text: str) -> Digest:
+    """keccak256 of UTF-8 text, as the signed documents carry names."""
+    return Digest(keccak(text.encode()))
+
+
+def seal_offer(
+    domain: Domain,
+    signer: Signer,
+    offer: Offer,
+    tariff: Tariff,
+    tariff_signature: bytes,
+    *,
+    peer_id: str,
+    addresses: tuple[str, ...],
+    model: str,
+    region: str,
+) -> OfferEnvelope:
+    """The envelope of our own offer. Raises: FieldOutOfRange."""
+    return OfferEnvelope(
+        pack(offer), signer.sign(domain, offer), pack(tariff), tariff_signature, peer_id, addresses, model, region
+    )
+
+
+def check_envelope(domain: Domain, envelope: OfferEnvelope, now_s: int) -> CheckedOffer:
+    """Everything that can be checked without a chain. `now_s`: Unix seconds.
+
+    Raises: MalformedFrame, BadSignature, FieldOutOfRange, TariffNotInForce, RemoteProtocolError.
+    """
+    offer, tariff = unpack(Offer, envelope.offer), unpack(Tariff, envelope.tariff)
+    node_key = recover_digest(digest(domain, offer), envelope.signature)
+    if node_key is None:
+        raise BadSignature("Offer", offer.provider, None)
+    tariff_hash = verify(domain, tariff, envelope.tariff_signature, node_key)
+    check_tariff(tariff)
+    if (tariff.provider, tariff.profile_id) != (offer.provider, offer.profile_id):
+        raise RemoteProtocolError("the offer's tariff is of another provider or profile")
+    if tariff_hash != offer.tariff_hash:
+        raise RemoteProtocolError("the offer names another tariff than it carries")
+    if text_hash(envelope.model) != offer.model_hash or text_hash(envelope.region) != offer.region_hash:
+        raise RemoteProtocolError("the offer's texts are not those it signed")
+    if not now_s < offer.expires_at <= now_s + MAX_OFFER_LIFE_S:
+        raise FieldOutOfRange("Offer", "expires_at", offer.expires_at)
+    check_in_force(tariff, now_s)
+    return CheckedOffer(
+        offer=offer,
+        tariff=tariff,
+        tariff_hash=tariff_hash,
+        node_key=node_key,
+        peer_id=envelope.peer_id,
+        addresses=envelope.addresses,
+        model=envelope.model,
+        region=envelope.region,
+        envelope=envelope,
+    )
