@@ -1,0 +1,357 @@
+"""The node's settings: one frozen tree, read from a TOML file, TALLY_* variables and flags, the later the stronger.
+
+Amounts are written as people say them (TALLY per million tokens, TALLY, `10m`) and held as integers (wei per token,
+wei, seconds); an amount that is no whole number of wei is refused, never rounded. `NodeConfig.origins` says for each
+key where its value came from. `KEYS` is the table that docs and `tally config` are made from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from node.config_values import (
+    ConfigError,
+    Kind,
+    address,
+    bootstrap,
+    choice,
+    count,
+    duration,
+    multiaddrs,
+    optional_path,
+    path,
+    port,
+    price,
+    tally,
+    text,
+    url,
+)
+from protocol.units import Address, Wei
+
+__all__ = [
+    "KEYS",
+    "ChainConfig",
+    "ClientConfig",
+    "ConfigError",
+    "Deployment",
+    "Key",
+    "LogConfig",
+    "NodeConfig",
+    "ProviderConfig",
+    "TransportConfig",
+    "default_home",
+    "load",
+    "load_deployment",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ChainConfig:
+    """Which chain. `deployment`: the deployment.json that names chain id and contracts."""
+
+    rpc_url: str
+    deployment: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TransportConfig:
+    """Where peers reach us and whom we ask first. Multiaddrs as text; port 0 takes a free one."""
+
+    listen_host: str
+    listen_port: int
+    announce: tuple[str, ...]
+    bootstrap: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderConfig:
+    """What is sold. Prices in wei per token, `per_request`, `stake`, `settle_value` in wei, `settle_interval` in s.
+
+    A channel is settled when `settle_value` is due on it, or `settle_interval` after the last settlement.
+    `threads` 0: as many as there are cores. `region`: free text that goes, hashed, into the offer.
+    """
+
+    model_dir: Path | None
+    slots: int
+    dtype: str
+    threads: int
+    prompt_price: Wei
+    cached_price: Wei
+    completion_price: Wei
+    reasoning_price: Wei
+    per_request: Wei
+    stake: Wei
+    settle_interval: int
+    settle_value: Wei
+    region: str
+    retention_hours: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """What is bought. `max_price`: most wei one job may cost. `deposit`: wei put into a new channel."""
+
+    max_price: Wei
+    gateway_host: str
+    gateway_port: int
+    deposit: Wei
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """`format` auto: text on a terminal, JSON elsewhere."""
+
+    level: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """All settings of one node. `origins`: key -> `default`, `file PATH`, `env NAME` or `flag`."""
+
+    home: Path
+    password_file: Path | None
+    chain: ChainConfig
+    transport: TransportConfig
+    provider: ProviderConfig
+    client: ClientConfig
+    log: LogConfig
+    origins: Mapping[str, str]
+
+    @property
+    def keys_dir(self) -> Path:
+        """Where the key files lie."""
+        return self.home / "keys"
+
+    @property
+    def journal(self) -> Path:
+        """The store's database file."""
+        return self.home / "journal.db"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One setting. `default`: as a person would write it, None for no value.
+
+    In a default `${home}` stands for the data directory.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    help: str
+
+    @property
+    def variable(self) -> str:
+        """`provider.model_dir` -> `TALLY_PROVIDER_MODEL_DIR`."""
+        return "TALLY_" + self.name.replace(".", "_").upper()
+
+
+KEYS: Final = (
+    Key("password_file", optional_path, None, "file whose first line is the password of the key files"),
+    Key("chain.rpc_url", url, "http://127.0.0.1:8545", "JSON-RPC endpoint of the chain"),
+    Key("chain.deployment", path, "${home}/deployment.json", "file naming chain id and contract addresses"),
+    Key("transport.listen_host", text, "0.0.0.0", "address to listen on for peers"),
+    Key("transport.listen_port", port, 4001, "TCP port for peers; 0 takes a free one"),
+    Key("transport.announce", multiaddrs, (), "multiaddrs to announce instead of those found"),
+    Key("transport.bootstrap", bootstrap, (), "multiaddrs with /p2p/ of the peers to ask first"),
+    Key("provider.model_dir", optional_path, None, "Hugging Face model directory to serve"),
+    Key("provider.slots", count(1, 4096), 8, "generations served at the same time"),
+    Key("provider.dtype", choice("bfloat16", "float32", "float16"), "bfloat16", "number format of weights and cache"),
+    Key("provider.threads", count(0, 4096), 0, "CPU threads for the engine; 0 takes all cores"),
+    Key("provider.prompt_price", price, "0.10", "TALLY per million prompt tokens"),
+    Key("provider.cached_price", price, "0.02", "TALLY per million prompt tokens found in the prefix cache"),
+    Key("provider.completion_price", price, "0.40", "TALLY per million generated tokens"),
+    Key("provider.reasoning_price", price, "0.40", "TALLY per million generated reasoning tokens"),
+    Key("provider.per_request", tally, "0", "TALLY per job, whatever its length"),
+    Key("provider.stake", tally, "100", "TALLY to hold as stake in the Registry"),
+    Key("provider.settle_interval", duration, "10m", "longest time between settlements of a channel"),
+    Key("provider.settle_value", tally, "1", "TALLY due on a channel that make it worth a settlement at once"),
+    Key("provider.region", text, "", "where the machine stands, as told in the offer"),
+    Key("provider.retention_hours", count(0, 24 * 366), 0, "hours that content may be kept, as told in the offer"),
+    Key("client.max_price", tally, "0.1", "most TALLY that one job may cost"),
+    Key("client.gateway_host", text, "127.0.0.1", "address of the OpenAI-compatible gateway"),
+    Key("client.gateway_port", port, 8411, "TCP port of the gateway; 0 takes a free one"),
+    Key("client.deposit", tally, "1", "TALLY put into the escrow channel with a new provider"),
+    Key("log.level", choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "least severity that is logged"),
+    Key("log.format", choice("auto", "json", "text"), "auto", "form of the log; auto is text on a terminal"),
+)
+"""Every key but `home`, which says where the file with the others is."""
+
+_BY_NAME: Final = {key.name: key for key in KEYS}
+_BY_VARIABLE: Final = {key.variable: key for key in KEYS}
+
+OTHER_VARIABLES: Final = frozenset({"TALLY_HOME", "TALLY_CONFIG", "TALLY_SCRYPT_N", "TALLY_CRASH_AT"})
+"""Variables of ours that are no keys. Those beginning with a prefix of OTHER_PREFIXES are of tests and tools."""
+
+OTHER_PREFIXES: Final = ("TALLY_TEST_", "TALLY_DEVNET_", "TALLY_BENCH_")
+
+
+def default_home(env: Mapping[str, str]) -> Path:
+    """$TALLY_HOME, else $XDG_DATA_HOME/tallystick, else ~/.local/share/tallystick."""
+    if env.get("TALLY_HOME"):
+        return Path(env["TALLY_HOME"]).expanduser()
+    base = env.get("XDG_DATA_HOME", "")
+    # The XDG specification says that a relative path there is to be ignored.
+    root = Path(base) if base.startswith("/") else Path(env.get("HOME") or "~").expanduser() / ".local" / "share"
+    return root / "tallystick"
+
+
+def load(
+    flags: Mapping[str, Any] | None = None, *, file: Path | None = None, env: Mapping[str, str] | None = None
+) -> NodeConfig:
+    """Read the settings. `flags`: key -> value, None for a flag not given; `home` is allowed among them.
+
+    `file`: a TOML file that must exist; without it $TALLY_CONFIG, which must exist, or config.toml in the data
+    directory if there is one. `env`: the process's environment when None.
+    Raises: ConfigError naming the key, where it was written, and the form it should have.
+    """
+    env = os.environ if env is None else env
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    home_origin = "flag" if "home" in given else "env TALLY_HOME" if env.get("TALLY_HOME") else "default"
+    home = Path(given.pop("home", None) or default_home(env)).expanduser().absolute()
+    raw: dict[str, tuple[Any, str]] = {key.name: (key.default, "default") for key in KEYS}
+    raw.update(_from_file(file, env, home))
+    raw.update(_from_env(env))
+    for name, value in given.items():
+        if name not in _BY_NAME:
+            raise ConfigError(name, "flag", f"unknown key{_suggest(name, ['home', *_BY_NAME])}")
+        raw[name] = (value, "flag")
+    values = {name: _parse(_BY_NAME[name], value, origin, home) for name, (value, origin) in raw.items()}
+    return _build(home, values, {"home": home_origin, **{name: origin for name, (_, origin) in raw.items()}})
+
+
+def _parse(key: Key, value: Any, origin: str, home: Path) -> Any:
+    if origin == "default" and isinstance(value, str):
+        value = value.replace("${home}", str(home))
+    try:
+        return key.kind.parse(value)
+    except (ValueError, ArithmeticError) as exc:
+        raise ConfigError(key.name, origin, f"{exc}; expected {key.kind.form}") from exc
+
+
+def _build(home: Path, values: Mapping[str, Any], origins: dict[str, str]) -> NodeConfig:
+    def section(name: str) -> dict[str, Any]:
+        return {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
+
+    return NodeConfig(
+        home=home,
+        password_file=values["password_file"],
+        chain=ChainConfig(**section("chain")),
+        transport=TransportConfig(**section("transport")),
+        provider=ProviderConfig(**section("provider")),
+        client=ClientConfig(**section("client")),
+        log=LogConfig(**section("log")),
+        origins=MappingProxyType(origins),
+    )
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# -------------------------------------------------------------------------------------------------------------- sources
+
+
+def _from_file(file: Path | None, env: Mapping[str, str], home: Path) -> dict[str, tuple[Any, str]]:
+    """Key -> (value, origin) of the TOML file, tables flattened. Raises: ConfigError."""
+    named = file or (Path(env["TALLY_CONFIG"]).expanduser() if env.get("TALLY_CONFIG") else None)
+    used = named or home / "config.toml"
+    try:
+        # Decimal, so that 0.1 written as a number is exactly 0.1.
+        tree = tomllib.loads(used.read_text(), parse_float=Decimal)
+    except FileNotFoundError as exc:
+        if named is None:
+            return {}
+        raise ConfigError("", f"file {used}", "the file does not exist") from exc
+    except OSError as exc:
+        raise ConfigError("", f"file {used}", f"the file cannot be read: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise ConfigError("", f"file {used}", f"no TOML: {exc}") from exc
+    out: dict[str, tuple[Any, str]] = {}
+    for name, value in _flatten(tree, ""):
+        if name not in _BY_NAME:
+            raise ConfigError(name, f"file {used}", f"unknown key{_suggest(name, list(_BY_NAME))}")
+        out[name] = (value, f"file {used}")
+    return out
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    out: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            out.extend(_flatten(value, f"{prefix}{name}."))
+        elif not isinstance(value, dict):
+            out.append((f"{prefix}{name}", value))
+    return out
+
+
+def _from_env(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    """Key -> (value, origin) of the TALLY_ variables. Raises: ConfigError for one that is no key."""
+    out: dict[str, tuple[Any, str]] = {}
+    for variable, value in env.items():
+        if not variable.startswith("TALLY_") or variable in OTHER_VARIABLES or variable.startswith(OTHER_PREFIXES):
+            continue
+        key = _BY_VARIABLE.get(variable)
+        if key is None:
+            hint = _suggest(variable, [*_BY_VARIABLE, *OTHER_VARIABLES])
+            if variable.endswith("PASSWORD"):
+                hint = "; a password is never read from the environment: write it to a file, TALLY_PASSWORD_FILE=PATH"
+            raise ConfigError("", f"env {variable}", f"unknown variable{hint}")
+        out[key.name] = (value, f"env {variable}")
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------- deployment
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Where the contracts are. The escrow's address is the verifying contract of every signed document."""
+
+    chain_id: int
+    escrow: Address
+    registry: Address
+    token: Address
+
+
+def load_deployment(file: Path) -> Deployment:
+    """Read a deployment.json; fields that this node does not use are let be. Raises: ConfigError."""
+    import json
+
+    origin = f"file {file}"
+    try:
+        tree = json.loads(file.read_text())
+    except FileNotFoundError as exc:
+        raise ConfigError(
+            "chain.deployment", origin, "the file does not exist: take it from whoever deployed the contracts"
+        ) from exc
+    except OSError as exc:
+        raise ConfigError("chain.deployment", origin, f"the file cannot be read: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise ConfigError("chain.deployment", origin, f"no JSON: {exc}") from exc
+    if not isinstance(tree, dict):
+        raise ConfigError("chain.deployment", origin, "expected an object with chain_id, escrow, registry and token")
+    values: dict[str, Any] = {}
+    for name, kind in (
+        ("chain_id", count(1, (1 << 63) - 1)),
+        ("escrow", address),
+        ("registry", address),
+        ("token", address),
+    ):
+        if name not in tree:
+            raise ConfigError(name, origin, f"missing; expected {kind.form}")
+        try:
+            values[name] = kind.parse(tree[name])
+        except (ValueError, ArithmeticError) as exc:
+            raise ConfigError(name, origin, f"{exc}; expected {kind.form}") from exc
+    return Deployment(**values)
