@@ -46,6 +46,22 @@ class OutOfCoin(ChainError):
 
 
 @dataclass
+class NotEnoughTally(ChainError):
+    """The wallet holds less TALLY than the action needs. Wei."""
+
+    action: str
+    wallet: Address
+    has: int
+    needs: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.action} needs {self.needs} wei of TALLY and wallet 0x{self.wallet.hex()} has {self.has}; "
+            "nothing was sent"
+        )
+
+
+@dataclass
 class NoWallet(ChainError):
     """A transaction was asked of a node that was started without a wallet."""
 

@@ -8,7 +8,7 @@ from functools import partial
 from eth_hash.auto import keccak
 
 from incentives.ledger import ChannelKey, SlotSeen
-from node.chain.errors import NoWallet, OutOfCoin, TransactionReplaced
+from node.chain.errors import NotEnoughTally, NoWallet, OutOfCoin, TransactionReplaced
 from node.chain.packing import is_packable
 from node.ports import (
     ChainError,
@@ -115,11 +115,13 @@ class MemoryChain:
 
     async def transfer(self, to: Address, amount: Wei) -> Mined:
         sender = self._signer("a transfer").address
+        self._need_tally("transfer", amount)
         return await self._send("transfer", lambda s: contracts.transfer(s, sender, to, amount))
 
     async def open_channel(self, provider: Address, session_secret: bytes, amount: Wei) -> Mined:
         sender, session = self._signer("opening a channel").address, Signer.from_secret(session_secret)
         key = ChannelKey(provider, session.address)
+        self._need_tally("open", amount)
         if self._latest().state.channels.get(key, contracts.Channel()).owner == sender:
             return await self._send("topUp", lambda s: contracts.top_up(s, sender, key, amount))
         consent = SessionConsent(sender, provider, self._latest().state.timestamp + _CONSENT_SECONDS)
@@ -147,6 +149,7 @@ class MemoryChain:
             )
         missing = stake - state.stakes.get(sender, 0)
         if missing > 0:
+            self._need_tally("stake", missing)
             await self._send("stake", lambda s: contracts.stake(s, sender, missing, self.world.min_stake))
 
     async def log_tariff(self, tariff: Tariff, signature: bytes) -> Mined:
@@ -215,6 +218,12 @@ class MemoryChain:
             raise NoWallet(action)
         return self.wallet
 
+    def _need_tally(self, action: str, needs: int) -> None:
+        wallet = self._signer(action).address
+        has = self._latest().state.tally.get(wallet, 0)
+        if has < needs:
+            raise NotEnoughTally(action, wallet, has, needs)
+
     def _found(self, transaction: Digest) -> tuple[Block, Outcome] | None:
         confirmed = self._confirmed().number
         found = self.world.find(transaction)
@@ -260,4 +269,4 @@ def _settled(transaction: Digest, block: Block, outcome: Outcome) -> Settled:
     if outcome.event is None:
         raise ChainError(f"transaction 0x{transaction.hex()} is no settlement")
     event = outcome.event
-    return Settled(_mined(transaction, block), Wei(event.paid), Wei(event.fee), event.claims)
+    return Settled(_mined(transaction, block), Wei(event.paid), Wei(event.fee), tuple(dict(event.claims).items()))

@@ -1,0 +1,382 @@
+"""Sending transactions from one wallet: nonces, fees, broadcasting, and waiting until they count.
+
+Contract: a transaction that was broadcast is rebroadcast while it is in no block and its nonce is free, so a dropped
+or reorganised one comes back; it counts once it is `confirmations` blocks deep, its own block included. One nonce is
+handed out at a time, always from what the node says is next, so what others send from the same wallet is respected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from node.chain.contracts import checksum
+from node.chain.errors import ContractReverted, OutOfCoin, TransactionReplaced
+from node.chain.fees import Fees, fees_for, gas_limit_up
+from node.chain.rpc import CallReverted, Refusal, Rpc, RpcRefused
+from node.ports import ChainError, ChainUnavailable
+from protocol.signing import Signer
+from protocol.units import Address, Digest
+
+_log = logging.getLogger(__name__)
+
+_NONCE_TRIES: Final = 4
+"""How often a nonce that turned out used is replaced by a fresh one: each try means another sender won a race."""
+
+_REPLACED_SIGHTINGS: Final = 3
+"""A nonce counts as taken by another transaction only after the node said so this often in a row: behind a load
+balancer the receipt may be on the next node already."""
+
+_FIRST_POLL_S: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class SendPolicy:
+    """How patient to be with a transaction.
+
+    `confirmations`: depth at which it counts; 1 is being in the newest block.
+    `poll_s`: longest pause between looks. `stuck_s`: unmined for this long, its fee is raised (or the gap before it
+    filled). `deadline_s`: after this the wait ends in ChainUnavailable; the transaction may still be mined.
+    `reservation_s`: how long a prepared, unsent transaction keeps its nonce from others.
+    """
+
+    confirmations: int = 1
+    poll_s: float = 1.0
+    stuck_s: float = 45.0
+    deadline_s: float = 300.0
+    reservation_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What to do. `action`: for messages. `gas_floor`: least gas limit. `value`: wei of coin."""
+
+    action: str
+    to: Address | None
+    data: bytes = b""
+    value: int = 0
+    gas_floor: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A signed transaction."""
+
+    hash: Digest
+    raw: bytes
+    nonce: int
+    fees: Fees
+    gas: int
+    call: Call
+
+
+Receipt = Mapping[str, Any]
+
+
+def parse_signed(action: str, raw: bytes) -> Signed:
+    """A signed type-2 transaction from its bytes. Raises: ChainError."""
+    import rlp  # type: ignore[import-untyped]
+    from eth_hash.auto import keccak
+
+    try:
+        fields = rlp.decode(raw[1:])
+        _, nonce, tip, cap, gas, to, value, data = fields[:8]
+    except (rlp.DecodingError, ValueError, TypeError) as exc:
+        raise ChainError(f"{action}: these {len(raw)} bytes are no signed transaction") from exc
+    call = Call(action, Address(to) if to else None, data, int.from_bytes(value, "big"))
+    number = int.from_bytes
+    fees = Fees(number(cap, "big"), number(tip, "big"))
+    return Signed(Digest(keccak(raw)), raw, number(nonce, "big"), fees, number(gas, "big"), call)
+
+
+class Sender:
+    """The only way this node's wallet sends anything. One per wallet and process."""
+
+    def __init__(self, rpc: Rpc, wallet: Signer, chain_id: int, policy: SendPolicy) -> None:
+        self._rpc, self._wallet, self._chain_id, self._policy = rpc, wallet, chain_id, policy
+        self._lock = asyncio.Lock()
+        self._in_flight: dict[int, Signed] = {}
+        self._reserved: Signed | None = None
+        self._released = asyncio.Event()
+        self._stuck: Signed | None = None
+
+    @property
+    def address(self) -> Address:
+        return self._wallet.address
+
+    async def send(self, call: Call) -> Receipt:
+        """Sign, broadcast and wait.
+
+        Raises: ContractReverted (before sending, as far as can be seen), OutOfCoin, TransactionReplaced,
+        ChainUnavailable (then it may still be mined: look before trying again).
+        """
+        async with self._lock:
+            await self._end_reservation()
+            signed = await self._sign_and_broadcast(call)
+            self._in_flight[signed.nonce] = signed
+        try:
+            return await self._wait(signed, may_bump=True)
+        finally:
+            self._in_flight.pop(signed.nonce, None)
+
+    async def prepare(self, call: Call) -> Signed:
+        """Sign with the next nonce, and keep that nonce for `reservation_s`; nothing is broadcast.
+
+        A prepared transaction that timed out unmined is replaced: same nonce, higher fees.
+        Raises: ContractReverted, ChainUnavailable.
+        """
+        async with self._lock:
+            await self._end_reservation()
+            gas = await self._gas(call)
+            stuck = await self._still_stuck()
+            fees = await self._fees()
+            if stuck is None:
+                signed = self._sign(call, await self._next_nonce(), fees, gas)
+            else:
+                signed = self._sign(call, stuck.nonce, fees.at_least(stuck.fees.bumped_up()), gas)
+            self._reserved = signed
+            self._released.clear()
+            return signed
+
+    async def send_prepared(self, signed: Signed) -> Receipt:
+        """Broadcast what `prepare` signed, in this process or an earlier one, and wait. Idempotent.
+
+        Raises: TransactionReplaced, OutOfCoin, ChainUnavailable (then it may still be mined).
+        """
+        rival = self._in_flight.get(signed.nonce)
+        if rival is not None and rival.hash != signed.hash:
+            raise TransactionReplaced(signed.hash, signed.nonce)
+        self._in_flight[signed.nonce] = signed
+        try:
+            try:
+                if not await self._broadcast(signed):
+                    raise TransactionReplaced(signed.hash, signed.nonce)
+            finally:
+                self._release(signed)
+            return await self._wait(signed, may_bump=False)
+        except ChainUnavailable:
+            self._stuck = signed
+            raise
+        finally:
+            self._in_flight.pop(signed.nonce, None)
+
+    async def receipt(self, transaction: Digest) -> Receipt | None:
+        """The receipt, once it is deep enough to count."""
+        receipt = await self._receipt(transaction)
+        return receipt if receipt is not None and await self._deep_enough(receipt) else None
+
+    # ------------------------------------------------------------------------------------------------- nonces, fees
+
+    async def _next_nonce(self) -> int:
+        """The node's pending count, past what this process has in flight and the node may not have seen yet."""
+        nonce = await self._count("pending")
+        while nonce in self._in_flight:
+            nonce += 1
+        return nonce
+
+    async def _count(self, block: Any) -> int:
+        return int(await self._rpc.read(lambda w3: w3.eth.get_transaction_count(checksum(self.address), block)))
+
+    async def _fees(self) -> Fees:
+        block = await self._rpc.read(lambda w3: w3.eth.get_block("latest"))
+        if "baseFeePerGas" not in block:
+            raise ChainError(f"chain {self._chain_id} has no EIP-1559 fees, which this node needs")
+        tip = await self._rpc.read(lambda w3: w3.eth.max_priority_fee)
+        return fees_for(int(block["baseFeePerGas"]), int(tip))
+
+    async def _gas(self, call: Call) -> int:
+        """Gas limit. The estimate is made on the pending block, so it sees what this wallet sent before."""
+        body: dict[str, Any] = {"from": checksum(self.address), "data": "0x" + call.data.hex(), "value": call.value}
+        if call.to is not None:
+            body["to"] = checksum(call.to)
+        estimate = await self._rpc.read(lambda w3: w3.eth.estimate_gas(body, "pending"))  # type: ignore[arg-type]
+        return max(gas_limit_up(int(estimate)), call.gas_floor)
+
+    def _sign(self, call: Call, nonce: int, fees: Fees, gas: int) -> Signed:
+        from eth_account import Account
+
+        body: dict[str, Any] = {
+            "type": 2,
+            "chainId": self._chain_id,
+            "nonce": nonce,
+            "maxFeePerGas": fees.cap,
+            "maxPriorityFeePerGas": fees.tip,
+            "gas": gas,
+            "to": b"" if call.to is None else call.to,
+            "value": call.value,
+            "data": call.data,
+        }
+        done = Account.sign_transaction(body, self._wallet.secret)
+        return Signed(Digest(bytes(done.hash)), bytes(done.raw_transaction), nonce, fees, gas, call)
+
+    async def _end_reservation(self) -> None:
+        """Let a prepared transaction be sent first; if it is not in time, its nonce is up for use again."""
+        if self._reserved is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._policy.reservation_s):
+                    await self._released.wait()
+            self._reserved = None
+
+    def _release(self, signed: Signed) -> None:
+        if self._reserved is not None and self._reserved.hash == signed.hash:
+            self._released.set()
+
+    async def _still_stuck(self) -> Signed | None:
+        stuck, self._stuck = self._stuck, None
+        if stuck is None or stuck.nonce in self._in_flight:
+            return None
+        return stuck if await self._count("latest") <= stuck.nonce else None
+
+    # -------------------------------------------------------------------------------------------------- broadcasting
+
+    async def _sign_and_broadcast(self, call: Call) -> Signed:
+        gas, fees = await self._gas(call), await self._fees()
+        for _ in range(_NONCE_TRIES):
+            signed = self._sign(call, await self._next_nonce(), fees, gas)
+            if await self._broadcast(signed):
+                return signed
+            fees = fees.bumped_up()  # in case the nonce's holder is unmined and only outbid
+        raise ChainUnavailable(f"{call.action}: other senders keep taking this wallet's nonces; nothing was sent")
+
+    async def _broadcast(self, signed: Signed) -> bool:
+        """Hand it to the node. False: the nonce is another transaction's.
+
+        Raises: OutOfCoin, RpcRefused, ChainUnavailable (after the tries a read gets; it may have arrived).
+        """
+        try:
+            await self._rpc.read(lambda w3: w3.eth.send_raw_transaction(signed.raw))
+        except RpcRefused as refused:
+            match refused.kind:
+                case Refusal.KNOWN:
+                    return True
+                case Refusal.NONCE_USED | Refusal.UNDERPRICED:
+                    return await self._known(signed.hash)
+                case Refusal.NO_COIN:
+                    raise OutOfCoin(self.address) from refused
+                case _:
+                    raise
+        return True
+
+    async def _known(self, transaction: Digest) -> bool:
+        """Whether the node has it, in its pool or in a block."""
+        from web3.exceptions import TransactionNotFound
+
+        async def ask(w3: Any) -> bool:
+            try:
+                return await w3.eth.get_transaction(transaction) is not None
+            except TransactionNotFound:
+                return False
+
+        return await self._rpc.read(ask)
+
+    async def _receipt(self, transaction: Digest) -> Receipt | None:
+        from web3.exceptions import TransactionNotFound
+
+        async def ask(w3: Any) -> Receipt | None:
+            try:
+                receipt: Receipt = await w3.eth.get_transaction_receipt(transaction)
+            except TransactionNotFound:
+                return None
+            return receipt
+
+        return await self._rpc.read(ask)
+
+    # ------------------------------------------------------------------------------------------------------ waiting
+
+    async def _wait(self, signed: Signed, *, may_bump: bool) -> Receipt:
+        receipt = await _Wait(self, signed, may_bump=may_bump).until_counted()
+        if receipt["status"] != 1:
+            raise await self._why_reverted(signed.call, receipt)
+        return receipt
+
+    async def _deep_enough(self, receipt: Receipt) -> bool:
+        if self._policy.confirmations <= 1:
+            return True
+        head = int(await self._rpc.read(lambda w3: w3.eth.block_number))
+        return head - int(receipt["blockNumber"]) + 1 >= self._policy.confirmations
+
+    async def _why_reverted(self, call: Call, receipt: Receipt) -> ChainError:
+        """Run it again on the block it failed in; the reason stands in no receipt."""
+        body: dict[str, Any] = {"from": checksum(self.address), "data": "0x" + call.data.hex(), "value": call.value}
+        if call.to is not None:
+            body["to"] = checksum(call.to)
+        try:
+            await self._rpc.read(lambda w3: w3.eth.call(body, int(receipt["blockNumber"])))  # type: ignore[arg-type]
+        except CallReverted as reverted:
+            return reverted
+        except ChainUnavailable:
+            pass
+        return ContractReverted(call.action, "Error", {"reason": "reverted in its block, for no reason left to see"})
+
+
+class _Wait:
+    """One wait for one nonce: the transaction, and its own replacements at higher fees."""
+
+    def __init__(self, sender: Sender, signed: Signed, *, may_bump: bool) -> None:
+        self._sender, self._versions, self._may_bump = sender, [signed], may_bump
+        self._clock, self._policy = sender._rpc.clock, sender._policy
+        self._moved_at = self._clock.monotonic()
+        self._taken_sightings = 0
+
+    async def until_counted(self) -> Receipt:
+        """Raises: TransactionReplaced, ChainUnavailable at the deadline."""
+        deadline = self._clock.monotonic() + self._policy.deadline_s
+        pause, last = _FIRST_POLL_S, "it is in no block"
+        while True:
+            try:
+                receipt = await self._look()
+                if receipt is not None:
+                    return receipt
+            except ChainUnavailable as exc:
+                last = str(exc)
+            if self._clock.monotonic() >= deadline:
+                newest = self._versions[-1]
+                raise ChainUnavailable(
+                    f"{newest.call.action}: transaction 0x{newest.hash.hex()} did not count within "
+                    f"{self._policy.deadline_s:g} s ({last}); it may still be mined, look before sending it anew"
+                )
+            await self._clock.sleep(pause)
+            pause = min(pause * 2, self._policy.poll_s)
+
+    async def _look(self) -> Receipt | None:
+        sender, newest = self._sender, self._versions[-1]
+        for version in reversed(self._versions):
+            receipt = await sender._receipt(version.hash)
+            if receipt is not None:
+                self._taken_sightings = 0
+                return receipt if await sender._deep_enough(receipt) else None
+        mined = await sender._count("latest")
+        if mined > newest.nonce:
+            self._taken_sightings += 1
+            if self._taken_sightings >= _REPLACED_SIGHTINGS:
+                raise TransactionReplaced(self._versions[0].hash, newest.nonce)
+            return None
+        self._taken_sightings = 0
+        if not await sender._known(newest.hash):
+            _log.info("rebroadcasting dropped transaction 0x%s", newest.hash.hex())
+            await sender._broadcast(newest)
+        elif self._clock.monotonic() - self._moved_at >= self._policy.stuck_s:
+            self._moved_at = self._clock.monotonic()
+            await self._unstick(newest, mined)
+        return None
+
+    async def _unstick(self, newest: Signed, mined: int) -> None:
+        """Raise the fee, or fill the gap that keeps it from being next."""
+        sender = self._sender
+        if mined < newest.nonce:
+            if mined not in sender._in_flight:
+                filler = Call("filling a nonce gap", sender.address, gas_floor=21_000)
+                fees = (await sender._fees()).at_least(newest.fees.bumped_up())
+                _log.warning("nonce %d is missing before %d: filling the gap", mined, newest.nonce)
+                await sender._broadcast(sender._sign(filler, mined, fees, filler.gas_floor))
+        elif self._may_bump:
+            fees = (await sender._fees()).at_least(newest.fees.bumped_up())
+            bumped = sender._sign(newest.call, newest.nonce, fees, newest.gas)
+            _log.info("transaction 0x%s is stuck: replacing it at a higher fee", newest.hash.hex())
+            if await sender._broadcast(bumped):
+                self._versions.append(bumped)
+                sender._in_flight[newest.nonce] = bumped
