@@ -1,0 +1,132 @@
+"""What a model directory computes, as the profile a job names: hashes of all that decides a token, and the STE shape.
+
+Nothing is cached: the weights are hashed at every start (about 1 GB/s), so a changed file is a changed profile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Final
+
+from node.engine.spec import ModelError, ModelSpec, load_spec, read_json, weight_files
+from protocol.messages import Profile
+from protocol.sampling import SAMPLER_VERSION
+from protocol.units import ZERO_DIGEST, Digest
+
+ENGINE_VERSION: Final = "tally/engine/torch-decoder/1"
+"""Names the arithmetic of decoder.py; its hash is part of the profile. A change that moves logits needs a new name."""
+
+SPECIAL_POLICY: Final = "tally/special-tokens/content-never-encodes-control-tokens/1"
+"""User text is encoded with control tokens disabled: a `<|im_end|>` somebody typed is plain text, and billed so."""
+
+MARGIN_MILLI: Final = 100
+"""A margin above 0.1 logits flags a token. Unit: logits x 1000."""
+
+FLAG_PPM: Final = 1_000
+"""Flag rate granted to honest work, per million tokens: eight times the 1.2e-4 measured between bf16 kernels."""
+
+DTYPES: Final = ("auto", "bf16", "fp32")
+
+AUTO_FP32_PARAMETERS: Final = 1_000_000_000
+"""Largest model that `auto` runs in fp32 on a CPU. Unit: parameters. Up to here fp32 fits in 4 GB and costs a CPU
+little, and a continuation elsewhere is the same text; above, bf16 halves memory traffic and near-ties may flip."""
+
+_CHUNK: Final = 1 << 20
+
+
+def resolve_dtype(dtype: str, total_parameters: int, device: str = "cpu") -> str:
+    """`fp32` or `bf16`. Raises: ModelError for any other name."""
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return dtype
+    return "fp32" if device == "cpu" and total_parameters <= AUTO_FP32_PARAMETERS else "bf16"
+
+
+def stored_parameters(files: list[Path]) -> int:
+    """Entries of all tensors in the safetensors files, from their headers. Raises: ModelError."""
+    total = 0
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(length, 100_000_000)))
+            total += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+        except (OSError, ValueError, struct.error, KeyError, TypeError) as exc:
+            raise ModelError(f"{path} is no safetensors file ({exc}): download it again") from exc
+    return total
+
+
+def profile_of(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Profile:
+    """The profile of a model directory. Reads every weight file once. Raises: ModelError."""
+    spec = load_spec(model_dir)
+    total = stored_parameters(weight_files(model_dir))
+    kind = Digest(_sha256(resolve_dtype(dtype, total, device).encode()))
+    return Profile(
+        weights_root=_weights_root(model_dir),
+        tokenizer_hash=_tokenizer_hash(model_dir),
+        chat_template_hash=_chat_template_hash(model_dir),
+        special_policy_hash=Digest(_sha256(SPECIAL_POLICY.encode())),
+        dtype_hash=kind,
+        kv_dtype_hash=kind,
+        engine_hash=Digest(_sha256(ENGINE_VERSION.encode())),
+        sampler_hash=Digest(_sha256(SAMPLER_VERSION.encode())),
+        margin_milli=MARGIN_MILLI,
+        flag_ppm=FLAG_PPM,
+        active_parameters=total - spec.idle_parameters,
+        total_parameters=total,
+        **_shape(spec),
+    )
+
+
+def _shape(spec: ModelSpec) -> dict[str, int]:
+    return {
+        "body_parameters": spec.body_parameters,
+        "head_parameters": spec.head_parameters,
+        "layers": spec.layers,
+        "heads": spec.heads,
+        "head_dim": spec.head_dim,
+        "window": spec.window,
+    }
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _file_sha256(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.digest()
+
+
+def _weights_root(model_dir: Path) -> Digest:
+    """SHA-256 over (SHA-256 of name || SHA-256 of content) of weight files and the configs that steer them."""
+    files = [*weight_files(model_dir), model_dir / "config.json"]
+    generation = model_dir / "generation_config.json"
+    files += [generation] if generation.exists() else []
+    parts = [_sha256(path.name.encode()) + _file_sha256(path) for path in sorted(files)]
+    return Digest(_sha256(b"".join(parts)))
+
+
+def _tokenizer_hash(model_dir: Path) -> Digest:
+    path = model_dir / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: download it, or save a fast tokenizer with save_pretrained()")
+    return Digest(_file_sha256(path))
+
+
+def _chat_template_hash(model_dir: Path) -> Digest:
+    """SHA-256 of the template's text, from chat_template.jinja or tokenizer_config.json; zero when there is none."""
+    jinja = model_dir / "chat_template.jinja"
+    if jinja.is_file():
+        return Digest(_file_sha256(jinja))
+    path = model_dir / "tokenizer_config.json"
+    template = read_json(path, "download it").get("chat_template") if path.exists() else None
+    return Digest(_sha256(template.encode())) if isinstance(template, str) else ZERO_DIGEST

@@ -1,0 +1,127 @@
+"""The seed-locked sampler of protocol/sampling.py and the fingerprints of protocol/transcript.py, in torch, by batch.
+
+The nucleus needs no sort. Take the argmax of all scores; if that token is outside the nucleus, so is every token with a
+logit no larger: drop them all and take the argmax again. A round succeeds with probability top_p at least, or halves
+what is left on average, so a handful of rounds end it whatever the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from protocol.sampling import MAX_UNIFORM, MICRO, MIX_FIRST, MIX_SECOND, noise_keys
+from protocol.transcript import PROJECTION_BYTES, PROJECTION_ROWS, projection_keys
+
+_FP16_MAX: Final = 65504.0
+FINGERPRINT_BYTES: Final = 2 + PROJECTION_BYTES
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as int32 holds it."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How one row's token is chosen: the sampling parameters, and the noise words of its position."""
+
+    temperature_micro: int
+    top_p_micro: int
+    top_k: int
+    keys: tuple[int, int]
+
+    @classmethod
+    def at(cls, seed: bytes, position: int, temperature_micro: int, top_p_micro: int, top_k: int) -> Draw:
+        """For the token at absolute `position`. T = 0 needs no noise."""
+        keys = noise_keys(seed, position) if temperature_micro else (0, 0)
+        return cls(temperature_micro, top_p_micro, top_k, keys)
+
+    @property
+    def cuts(self) -> bool:
+        return self.temperature_micro > 0 and (self.top_k > 0 or self.top_p_micro < MICRO)
+
+
+def _mix_(x: torch.Tensor) -> torch.Tensor:
+    """lowbias32 in place on int32, whose products wrap; its right shifts carry the sign, so they are masked."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    x.mul_(_signed(MIX_FIRST))
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
+    x.mul_(_signed(MIX_SECOND))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+class Sampler:
+    """Chooses tokens and fingerprints them, for one vocabulary and hidden size, on one device."""
+
+    def __init__(self, vocab: int, hidden: int, device: torch.device) -> None:
+        self._vocab, self._hidden, self._device = vocab, hidden, device
+        self._ids = torch.arange(vocab, dtype=torch.int32, device=device)
+
+    def noise(self, keys: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """[rows, vocab] fp32 Gumbel values, one row per pair of noise words."""
+        words = torch.tensor([[_signed(a), _signed(b)] for a, b in keys], dtype=torch.int32, device=self._device)
+        x = _mix_(self._ids ^ words[:, :1])
+        _mix_(x.add_(words[:, 1:]))
+        v = x.float().mul_(2.0**-32)
+        v.add_(x < 0).add_(2.0**-33).clamp_(max=MAX_UNIFORM)
+        return v.neg_().log1p_().neg_().log_().neg_()
+
+    def choose(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """[rows, vocab] fp32 -> [rows] int64, as protocol.sampling.choose row by row."""
+        if not any(draw.temperature_micro for draw in draws):
+            return logits.argmax(-1)
+        temperature = torch.tensor([[draw.temperature_micro / MICRO] for draw in draws], device=self._device)
+        scores = torch.addcmul(logits, self.noise([draw.keys for draw in draws]), temperature)
+        chosen = scores.argmax(-1)
+        if not any(draw.cuts for draw in draws):
+            return chosen
+        return self._inside(logits, scores, chosen, temperature, draws)
+
+    def _inside(
+        self,
+        logits: torch.Tensor,
+        scores: torch.Tensor,
+        chosen: torch.Tensor,
+        temperature: torch.Tensor,
+        draws: Sequence[Draw],
+    ) -> torch.Tensor:
+        """Redraw the rows whose token is outside the nucleus until none is."""
+        limits = [(d.top_k or self._vocab, d.top_p_micro / MICRO) if d.cuts else (self._vocab, 2.0) for d in draws]
+        top_k = torch.tensor([k for k, _ in limits], device=self._device)
+        # top_p 1 is no cut, though the mass above a token may round up to 1
+        top_p = torch.tensor([p if p < 1 else 2.0 for _, p in limits], device=self._device)
+        mass = torch.softmax(logits / temperature.clamp(min=1 / MICRO), -1)
+        while True:
+            edge = logits.gather(-1, chosen[:, None])
+            above = logits > edge  # [rows, vocab] bool
+            count = above.sum(-1)
+            outside = (count > 0) & ((count >= top_k) | ((mass * above).sum(-1) >= top_p))
+            if not bool(outside.any()):
+                return chosen
+            scores = scores.masked_fill(outside[:, None] & ~above, -torch.inf)
+            chosen = torch.where(outside, scores.argmax(-1), chosen)
+
+    def projection(self, seed: bytes) -> torch.Tensor:
+        """[8, hidden] fp32: the seed's matrix of signs, over sqrt(hidden)."""
+        first, second = projection_keys(seed)
+        x = torch.arange(self._hidden, dtype=torch.int32, device=self._device) ^ _signed(first)
+        words = _mix_(_mix_(x).add_(_signed(second)))
+        bits = (words >> torch.arange(PROJECTION_ROWS, device=self._device, dtype=torch.int32)[:, None]) & 1
+        return (2.0 * bits - 1.0).float() / self._hidden**0.5
+
+    def fingerprints(
+        self, logits: torch.Tensor, hidden: torch.Tensor, chosen: torch.Tensor, projections: torch.Tensor
+    ) -> bytes:
+        """18 bytes a row: fp16 log-probability under the plain softmax, then the projected hidden state, big-endian.
+
+        `logits` [rows, vocab] fp32, `hidden` [rows, hidden], `chosen` [rows], `projections` [rows, 8, hidden] fp32.
+        """
+        logprob = logits.gather(-1, chosen[:, None]) - logits.logsumexp(-1, keepdim=True)
+        projected = torch.bmm(projections, hidden.float().unsqueeze(-1)).squeeze(-1)  # [rows, 8]
+        values = torch.cat((logprob, projected), 1).clamp_(-_FP16_MAX, _FP16_MAX).half()
+        raw: bytes = values.cpu().numpy().astype(">f2").tobytes()
+        return raw
