@@ -1,0 +1,337 @@
+"""One attempt: one job with one provider, from quote to acknowledged END.
+
+The walk of a token: sealed frame -> `_on_tokens` (opened, in order, into the work account) -> the caller; at each
+receipt `_on_receipt` recomputes it, journals it with the voucher, and only then signs and answers. What does not
+recompute is kept as evidence, and nothing beyond the last good increment is paid.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Final
+
+from incentives.ledger import AckSigned, JobClosed, JobOpened, Role
+from node.client.accounts import Accounts
+from node.jobstream import JobStream
+from node.ports import Clock, Entropy, JobEvent, JobPaid, JobSpec, JobTokens, ModelCard, Store, Stream, StreamEnded
+from protocol.errors import ReceiptMismatch, Refused, RemoteProtocolError, UnexpectedFrame
+from protocol.frames import (
+    Abort,
+    Accepted,
+    Ack,
+    Cancel,
+    End,
+    Frame,
+    PromptChunk,
+    Quote,
+    QuoteAsk,
+    Receipt,
+    Refuse,
+    Request,
+    Tokens,
+    VoucherFrame,
+    chunked,
+    decode_batch,
+)
+from protocol.messages import Accept, JobRequest, ReceiptAck, WorkReceipt
+from protocol.offers import CheckedOffer
+from protocol.packing import pack, unpack
+from protocol.sampling import derive_seed
+from protocol.sealing import BoxKey, Sealed
+from protocol.session import Side, State
+from protocol.signing import verify
+from protocol.tariff import worst_case_up
+from protocol.transcript import prompt_hash, stop_hash, unpack_fp16
+from protocol.units import INCREMENT_TOKENS, ZERO_DIGEST, Address, Digest, FinishReason, JobId, Tier, Wei
+from protocol.work import CLOCK_SLACK_MS, Work, check_receipt, nonce_commitment
+
+log = logging.getLogger("tally.client")
+
+QUOTE_TIMEOUT_S: Final = 2.0
+"""A provider that has not quoted by then is passed over. Unit: s."""
+
+ACCEPT_TIMEOUT_S: Final = 10.0
+"""From the request to Accept. Unit: s. A provider journals and opens its nonce in milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The stream that this attempt continues: the job that began it and its seed."""
+
+    job_id: JobId
+    seed: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What every attempt needs; the same for all jobs of a client. `stall_s`: silence taken for a stall."""
+
+    accounts: Accounts
+    store: Store
+    clock: Clock
+    entropy: Entropy
+    stall_s: float
+
+
+class Attempt:
+    """Mutable state of one job with one provider. `acked`: output tokens vouched for; `tokens`: those received."""
+
+    def __init__(
+        self, tools: Tools, stream: Stream, offer: CheckedOffer, card: ModelCard, spec: JobSpec, ceiling: Wei
+    ) -> None:
+        self._tools = tools
+        self.offer = offer
+        self._card = card
+        self._spec = spec
+        self._ceiling = ceiling
+        self.talk = JobStream(stream, Side.CLIENT, tools.clock)
+        self.provider = Address(offer.offer.provider)
+        self.queue_ms = 0
+        self.tokens: list[int] = []
+        self.acked = 0
+        self.seed = ZERO_DIGEST
+        self.final: WorkReceipt | None = None
+        self.last_digest = ZERO_DIGEST
+        self._commitment = ZERO_DIGEST
+        self._sealed: Sealed | None = None
+        self._work: Work | None = None
+        self._request: JobRequest | None = None
+        self._paid = Wei(0)
+        self._closed = False
+
+    # ------------------------------------------------------------------------------------------------------ agreement
+
+    async def quote(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Ask for a quote. Raises: Refused, StreamEnded, RemoteProtocolError."""
+        if self.talk.stream.peer_address != self.offer.node_key:
+            raise RemoteProtocolError("the peer at the offer's address holds another key than the one that signed it")
+        await self.talk.send(
+            QuoteAsk(
+                self._tools.accounts.session.address, self._card.profile_id, prompt_tokens, max_tokens, self._spec.tier
+            )
+        )
+        frame = await self.talk.receive(QUOTE_TIMEOUT_S)
+        if isinstance(frame, Refuse):
+            raise Refused(frame.code, frame.reason)
+        if not isinstance(frame, Quote):
+            raise UnexpectedFrame(type(frame).__name__, "asked")
+        if frame.tariff_hash != self.offer.tariff_hash:
+            raise RemoteProtocolError("the quote names another tariff than the offer")
+        self._commitment = Digest(frame.commitment)
+        self.queue_ms = frame.queue_ms
+
+    async def agree(self, prompt: tuple[int, ...], max_tokens: int, parent: Parent | None) -> JobId:
+        """Reserve escrow, request, and check the acceptance; returns the job id.
+
+        Raises: InsufficientFunds, Refused, StreamEnded, RemoteProtocolError, StoreError.
+        """
+        tools, accounts = self._tools, self._tools.accounts
+        box = BoxKey.from_secret(tools.entropy.token(32))
+        salt = tools.entropy.token(32)
+        request = self._make_request(prompt, max_tokens, parent, box, salt)
+        signature = accounts.session.sign(accounts.domain, request)
+        job_id = JobId(verify(accounts.domain, request, signature, accounts.session.address))
+        self._request = request
+        await self._reserve(job_id, request)
+        try:
+            sealed = Sealed(box, self.offer.offer.box_key, we_are_client=True)
+            plaintext = b"".join(token.to_bytes(4, "big") for token in prompt)
+            chunks = [PromptChunk(sealed.seal(chunk)) for chunk in chunked(plaintext)]
+            head = Request(pack(request), signature, self.offer.offer.box_key, salt, self._spec.stop_ids, len(chunks))
+            await self.talk.send(head, *chunks)
+            accept, accept_signature = await self._accepted(job_id, request, parent)
+            await tools.store.write(
+                JobOpened(Role.CLIENT, job_id, request, signature, accept, accept_signature, self._spec.model)
+            )
+        except BaseException:
+            accounts.release(self.provider, job_id)
+            raise
+        self.seed = accept.seed
+        self._sealed = sealed
+        self._work = Work.start(job_id, request, self.offer.tariff, self._card.profile, accept)
+        return job_id
+
+    def _make_request(
+        self, prompt: tuple[int, ...], max_tokens: int, parent: Parent | None, box: BoxKey, salt: bytes
+    ) -> JobRequest:
+        spec, sampling = self._spec, self._spec.sampling
+        return JobRequest(
+            provider=self.provider,
+            client=self._tools.accounts.session.address,
+            profile_id=self._card.profile_id,
+            prompt_hash=prompt_hash(salt, prompt),
+            prompt_tokens=len(prompt),
+            max_tokens=max_tokens,
+            temperature_micro=sampling.temperature_micro,
+            top_p_micro=sampling.top_p_micro,
+            top_k=sampling.top_k,
+            stop_hash=stop_hash(spec.stop_ids, ()),
+            tier=spec.tier,
+            private=spec.private,
+            tariff_hash=self.offer.tariff_hash,
+            price_ceiling=self._ceiling,
+            client_nonce=Digest(self._tools.entropy.token(32)),
+            provider_commitment=self._commitment,
+            client_box_key=Digest(box.public),
+            deadline=self._tools.clock.now_ms() + int(spec.deadline_s * 1000),
+            parent_job=Digest(parent.job_id) if parent else ZERO_DIGEST,
+            parent_seed=parent.seed if parent else ZERO_DIGEST,
+        )
+
+    async def _reserve(self, job_id: JobId, request: JobRequest) -> None:
+        def most(tokens: int) -> Wei:
+            return worst_case_up(
+                self.offer.tariff, request.prompt_tokens, tokens, Tier(request.tier), private=request.private
+            )
+
+        first = most(min(INCREMENT_TOKENS, request.max_tokens))
+        await self._tools.accounts.ensure(self.provider, job_id, first, most(request.max_tokens))
+
+    async def _accepted(self, job_id: JobId, request: JobRequest, parent: Parent | None) -> tuple[Accept, bytes]:
+        frame = await self.talk.receive(ACCEPT_TIMEOUT_S)
+        if isinstance(frame, Refuse):
+            raise Refused(frame.code, frame.reason)
+        if not isinstance(frame, Accepted):
+            raise UnexpectedFrame(type(frame).__name__, "requested")
+        accept = unpack(Accept, frame.accept)
+        verify(self._tools.accounts.domain, accept, frame.signature, self.offer.node_key)
+        if bytes(accept.job_id) != bytes(job_id) or nonce_commitment(accept.provider_nonce) != self._commitment:
+            raise RemoteProtocolError("the acceptance is of another job, or opens another nonce than was quoted")
+        seed = parent.seed if parent else derive_seed(job_id, request.client_nonce, accept.provider_nonce)
+        if accept.seed != seed:
+            raise RemoteProtocolError("the acceptance states another seed than the nonces give")
+        if abs(accept.accepted_at - self._tools.clock.now_ms()) > CLOCK_SLACK_MS:
+            raise RemoteProtocolError(f"the provider's clock is more than {CLOCK_SLACK_MS} ms from ours")
+        return accept, frame.signature
+
+    # ------------------------------------------------------------------------------------------------------- delivery
+
+    @property
+    def total(self) -> Wei:
+        """What is owed for this attempt: its last vouched receipt, in wei."""
+        return self._paid
+
+    @property
+    def job_id(self) -> JobId:
+        """Valid once `agree` returned."""
+        assert self._work is not None
+        return self._work.job_id
+
+    async def next_events(self) -> list[JobEvent]:
+        """Handle one frame; `final` is set once END was acknowledged.
+
+        Raises: StreamEnded (stall, death, EOF without END), RemoteProtocolError, Refused (the provider aborted),
+        Overspend, StoreError.
+        """
+        return await self._handle(await self.talk.receive(self._tools.stall_s))
+
+    async def _handle(self, frame: Frame) -> list[JobEvent]:
+        match frame:
+            case Tokens():
+                return [self._on_tokens(frame.sealed)]
+            case Receipt():
+                return [await self._on_receipt(unpack(WorkReceipt, frame.receipt), frame.signature)]
+            case End():
+                return [await self._on_end(unpack(WorkReceipt, frame.receipt), frame.signature)]
+            case Abort():
+                raise Refused(frame.code, frame.reason)
+            case _:
+                raise UnexpectedFrame(type(frame).__name__, self.talk.conversation.state)
+
+    def _on_tokens(self, sealed: bytes) -> JobTokens:
+        assert self._work is not None and self._sealed is not None
+        batch = decode_batch(self._sealed.unseal(sealed))
+        if batch.start != self._work.completion_tokens:
+            raise RemoteProtocolError(f"tokens from {batch.start} where {self._work.completion_tokens} should follow")
+        rows = tuple(
+            (token, batch.logprobs[2 * i : 2 * i + 2], batch.projections[16 * i : 16 * i + 16])
+            for i, token in enumerate(batch.token_ids)
+        )
+        self._work = self._work.take(rows, self._tools.clock.now_ms())
+        self.tokens.extend(batch.token_ids)
+        return JobTokens(tuple(batch.token_ids), unpack_fp16(batch.logprobs))
+
+    async def _check(self, receipt: WorkReceipt, signature: bytes) -> Digest:
+        """Recompute, keep evidence of what does not. Raises: BadSignature, ReceiptMismatch."""
+        assert self._work is not None
+        verify(self._tools.accounts.domain, receipt, signature, self.offer.node_key)
+        try:
+            after, receipt_digest = check_receipt(
+                self._tools.accounts.domain, self._work, receipt, self._tools.clock.now_ms()
+            )
+            self._check_stop(receipt)
+            if receipt.total > self._ceiling:
+                raise ReceiptMismatch("total", receipt.total, f"at most {self._ceiling}")
+        except RemoteProtocolError as exc:
+            evidence = pack(receipt) + signature + str(exc).encode()
+            await self._tools.store.put_value(f"evidence/{self.job_id.hex()}/{receipt.step}", evidence)
+            raise
+        self._work = after
+        self.last_digest = receipt_digest
+        return receipt_digest
+
+    def _check_stop(self, receipt: WorkReceipt) -> None:
+        """STOP means the last token is EOS or one of the stop ids, and no earlier token was."""
+        stops = {*self._card.eos_ids, *self._spec.stop_ids}
+        ended = bool(self.tokens) and self.tokens[-1] in stops
+        if (receipt.finish_reason == FinishReason.STOP) and not ended:
+            raise ReceiptMismatch("finish_reason", "stop", "no stop token")
+        if any(token in stops for token in self.tokens[:-1]):
+            raise ReceiptMismatch("completion_tokens", receipt.completion_tokens, "tokens after a stop token")
+
+    async def _vouch(self, receipt: WorkReceipt, signature: bytes) -> tuple[VoucherFrame, Digest]:
+        before = self.total
+        receipt_digest = await self._check(receipt, signature)
+        fresh = tuple(self.tokens[self.acked :])
+        voucher, voucher_signature = await self._tools.accounts.vouch(
+            self.provider, self.job_id, before, receipt, receipt_digest, signature, fresh
+        )
+        self.acked = len(self.tokens)
+        self._paid = Wei(receipt.total)
+        return VoucherFrame(receipt.step, pack(voucher), voucher_signature), receipt_digest
+
+    async def _on_receipt(self, receipt: WorkReceipt, signature: bytes) -> JobPaid:
+        if receipt.is_final:
+            raise ReceiptMismatch("is_final", True, False)
+        frame, _ = await self._vouch(receipt, signature)
+        await self.talk.send(frame)
+        return JobPaid(Wei(receipt.total))
+
+    async def _on_end(self, receipt: WorkReceipt, signature: bytes) -> JobPaid:
+        if not receipt.is_final:
+            raise ReceiptMismatch("is_final", False, True)
+        frame, receipt_digest = await self._vouch(receipt, signature)
+        ack = ReceiptAck(receipt_digest)
+        finish = FinishReason(receipt.finish_reason)
+        await self._tools.store.write(
+            AckSigned(self.job_id, ack), JobClosed(Role.CLIENT, self.job_id, finish, Wei(receipt.total), "")
+        )
+        self._closed = True
+        self.final = receipt
+        self._tools.accounts.release(self.provider, self.job_id)
+        session = self._tools.accounts.session
+        await self.talk.send(
+            Ack(pack(ack), session.sign(self._tools.accounts.domain, ack), frame.voucher, frame.signature)
+        )
+        return JobPaid(Wei(receipt.total))
+
+    # -------------------------------------------------------------------------------------------------------- endings
+
+    async def cancel(self, limit_s: float) -> None:
+        """Stop the job and pay for what was delivered. Raises: what `next_events` raises."""
+        if self.talk.conversation.state is State.RUNNING:
+            await self.talk.send(Cancel())
+        deadline = self._tools.clock.monotonic() + limit_s
+        while self.final is None:
+            if self._tools.clock.monotonic() > deadline:
+                raise StreamEnded(f"the provider did not end the cancelled job in {limit_s:g} s")
+            await self._handle(await self.talk.receive(limit_s))
+
+    async def close(self, finish: FinishReason, detail: str) -> None:
+        """Make the job terminal in the journal if END did not. Idempotent. Raises: StoreError."""
+        if self._work is None or self._closed:
+            return
+        self._closed = True
+        self._tools.accounts.release(self.provider, self.job_id)
+        await self._tools.store.write(JobClosed(Role.CLIENT, self.job_id, finish, self.total, detail))

@@ -1,0 +1,63 @@
+"""Model cards: tokenizer and chat template fetched from a provider, believed only by the hashes in the profile."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+from node.ports import ModelCard, PeerAddress, Transport
+from protocol import frames
+from protocol.eip712 import hash_struct
+from protocol.errors import RemoteProtocolError, UnexpectedFrame
+from protocol.frames import CARD_PROTOCOL, CardAsk, CardChunk, CardHead, Refuse
+from protocol.messages import Profile
+from protocol.offers import CheckedOffer
+from protocol.packing import unpack
+
+FETCH_TIMEOUT_S: Final = 20.0
+"""For the whole card. Unit: s. A tokenizer of 20 MB passes loopback in one second and a slow link in ten."""
+
+
+async def fetch_card(transport: Transport, offer: CheckedOffer) -> ModelCard:
+    """The card of the offer's profile, checked against the profile id that the offer signed.
+
+    Raises: TransportError, RemoteProtocolError when what comes is not what the profile names.
+    """
+    stream = await transport.open(PeerAddress(offer.peer_id, offer.addresses), CARD_PROTOCOL, FETCH_TIMEOUT_S)
+    try:
+        await stream.send(frames.encode(CardAsk(offer.offer.profile_id)))
+        head = frames.decode(await stream.receive(FETCH_TIMEOUT_S))
+        if isinstance(head, Refuse):
+            raise RemoteProtocolError(f"the provider does not give its own model card: {head.reason}")
+        if not isinstance(head, CardHead):
+            raise UnexpectedFrame(type(head).__name__, "card")
+        parts = []
+        for _ in range(head.chunks):
+            chunk = frames.decode(await stream.receive(FETCH_TIMEOUT_S))
+            if not isinstance(chunk, CardChunk):
+                raise UnexpectedFrame(type(chunk).__name__, "card")
+            parts.append(chunk.data)
+    finally:
+        await stream.close()
+    return check_card(offer, head, b"".join(parts))
+
+
+def check_card(offer: CheckedOffer, head: CardHead, tokenizer_json: bytes) -> ModelCard:
+    """Raises: RemoteProtocolError naming the part that does not match its hash."""
+    profile = unpack(Profile, head.profile)
+    if hash_struct(profile) != offer.offer.profile_id:
+        raise RemoteProtocolError("the card's profile is not the one the offer signed")
+    if hashlib.sha256(tokenizer_json).digest() != profile.tokenizer_hash:
+        raise RemoteProtocolError("the tokenizer is not the one the profile names")
+    if hashlib.sha256(head.chat_template.encode()).digest() != profile.chat_template_hash:
+        raise RemoteProtocolError("the chat template is not the one the profile names")
+    return ModelCard(
+        model=offer.model,
+        profile_id=offer.offer.profile_id,
+        profile=profile,
+        tokenizer_json=tokenizer_json,
+        chat_template=head.chat_template,
+        special=head.special,
+        eos_ids=head.eos_ids,
+        max_context=min(head.max_context, offer.offer.max_context),
+    )

@@ -1,0 +1,424 @@
+"""The client role whole: finds providers, runs a job, fails over exactly, and keeps the books straight.
+
+Contract: every token reaches the caller once and in order, whichever providers wrote it; each provider is paid for its
+own acknowledged increments, and nothing else; every job that began is closed in the journal.
+
+Failover is exact because sampling is seed-locked: the next provider of the same profile continues from the last
+acknowledged token with the first job's seed and writes what the first would have written. Tokens that were already
+delivered but not acknowledged come again, are compared, and are not delivered twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from incentives.ledger import JobClosed, Role
+from incentives.selection import MAX_QUOTES, Candidate, Needs, rank, rule_out
+from node.client.accounts import Accounts
+from node.client.attempt import Attempt, Parent, Tools
+from node.client.cards import fetch_card
+from node.ports import (
+    Clock,
+    Directory,
+    Entropy,
+    InsufficientFunds,
+    JobDone,
+    JobEvent,
+    JobFailed,
+    JobPaid,
+    JobSpec,
+    JobStarted,
+    JobTokens,
+    MarketEntry,
+    ModelCard,
+    NoProvider,
+    PeerAddress,
+    Store,
+    StoreError,
+    Transport,
+    TransportError,
+)
+from protocol.errors import Overspend, Refused, RemoteProtocolError, TallyError
+from protocol.frames import JOB_PROTOCOL, RefusalCode
+from protocol.messages import WorkReceipt
+from protocol.offers import CheckedOffer
+from protocol.units import Address, Digest, FinishReason, JobId, Tier, Wei
+
+log = logging.getLogger("tally.client")
+
+DIAL_TIMEOUT_S: Final = 5.0
+CANCEL_TIMEOUT_S: Final = 5.0
+"""How long a cancelled job may take to give its final receipt. Unit: s. Past it what was vouched for stands."""
+
+MAX_ATTEMPTS: Final = 4
+"""Providers one stream may pass through. Unit: attempts. Each pays a prefill of everything so far again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """`ceiling`: most wei per job where the caller names none. `stall_s`: silence taken for a stalled provider."""
+
+    ceiling: Wei
+    stall_s: float = 60.0
+
+
+@dataclass(slots=True)
+class _Progress:
+    """One stream over all its attempts. `delivered`: tokens the caller has; `acked`: those vouched for."""
+
+    spec: JobSpec
+    delivered: list[int] = field(default_factory=list)
+    acked: list[int] = field(default_factory=list)
+    parent: Parent | None = None
+    attempts: list[Attempt] = field(default_factory=list)
+    tried: set[Address] = field(default_factory=set)
+
+    @property
+    def cost(self) -> Wei:
+        return Wei(sum(attempt.total for attempt in self.attempts))
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.spec.prompt + tuple(self.acked)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.spec.max_tokens - len(self.acked)
+
+
+class Router:
+    """Implements the Marketplace port."""
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        accounts: Accounts,
+        store: Store,
+        transport: Transport,
+        directory: Directory,
+        clock: Clock,
+        entropy: Entropy,
+    ) -> None:
+        self._settings = settings
+        self._accounts = accounts
+        self._store = store
+        self._transport = transport
+        self._directory = directory
+        self._clock = clock
+        self._entropy = entropy
+        self._tools = Tools(accounts, store, clock, entropy, settings.stall_s)
+        self._cards: dict[Digest, ModelCard] = {}
+        self._penalties: dict[Address, int] = {}
+        self._winding_down: set[asyncio.Task[None]] = set()
+        self.jobs_done = 0
+        self.jobs_failed = 0
+
+    async def start(self) -> None:
+        """Recover the books: jobs that a crash left open end at what was vouched for. Raises: StoreError."""
+        await self._accounts.load()
+        for job in await self._store.jobs(Role.CLIENT, open_only=True):
+            detail = "the client stopped while it was running; what was vouched for stands"
+            await self._store.write(JobClosed(Role.CLIENT, job.job_id, FinishReason.ERROR, job.owed, detail))
+
+    async def stop(self) -> None:
+        """Let cancelled jobs get their final receipts. Never raises."""
+        if self._winding_down:
+            await asyncio.wait(set(self._winding_down), timeout=CANCEL_TIMEOUT_S + 1)
+
+    # ---------------------------------------------------------------------------------------------------- the market
+
+    async def market(self) -> list[MarketEntry]:
+        """Live, verified offers known now, cheapest completion first."""
+        entries = [
+            MarketEntry(
+                checked.model,
+                Address(checked.offer.provider),
+                checked.peer_id,
+                checked.tariff,
+                checked.offer.slots,
+                checked.offer.load_bps,
+                checked.offer.max_context,
+                checked.offer.max_output,
+                checked.region,
+                checked.offer.expires_at,
+            )
+            for checked in self._directory.offers()
+        ]
+        return sorted(entries, key=lambda entry: (entry.model, entry.tariff.completion_price, entry.provider))
+
+    async def card(self, model: str) -> ModelCard:
+        """The card of the profile that serves `model`. Raises: NoProvider."""
+        offers = await self._offers(model)
+        reasons = []
+        for checked in offers:
+            known = self._cards.get(checked.offer.profile_id)
+            if known is not None:
+                return known
+        for checked in offers:
+            try:
+                card = await fetch_card(self._transport, checked)
+            except (TransportError, RemoteProtocolError) as exc:
+                reasons.append(f"0x{checked.offer.provider.hex()}: {exc}")
+                continue
+            self._cards[card.profile_id] = card
+            return card
+        raise NoProvider(f"nobody who offers {model!r} gave its tokenizer: " + "; ".join(reasons))
+
+    async def _offers(self, model: str) -> list[CheckedOffer]:
+        offers = [checked for checked in self._directory.offers() if checked.model == model]
+        if not offers:
+            await self._directory.refresh()
+            offers = [checked for checked in self._directory.offers() if checked.model == model]
+        if not offers:
+            known = sorted({checked.model for checked in self._directory.offers()})
+            raise NoProvider(f"no live offer for model {model!r}; offered now: {', '.join(known) or 'nothing'}")
+        return offers
+
+    # ------------------------------------------------------------------------------------------------------- one job
+
+    async def run(self, spec: JobSpec) -> AsyncIterator[JobEvent]:
+        """Run one job; see the Marketplace port."""
+        card = await self.card(spec.model)
+        progress = _Progress(spec)
+        failure: TallyError | None = None
+        while len(progress.attempts) < MAX_ATTEMPTS:
+            try:
+                attempt, job_id = await self._begin(progress, card, failure)
+            except TallyError:
+                self.jobs_failed += 1
+                raise
+            progress.attempts.append(attempt)
+            failover = len(progress.attempts) > 1
+            finished = False
+            try:
+                yield JobStarted(job_id, attempt.provider, attempt.offer.tariff, failover)
+                async for event in self._follow(progress, attempt):
+                    yield event
+                finished = True
+            except (TransportError, RemoteProtocolError, Refused) as exc:
+                finished = True
+                failure = exc
+                await self._give_up(progress, attempt, exc)
+                continue
+            finally:
+                if not finished:
+                    self._wind_down(attempt)
+            yield self._conclude(progress, attempt)
+            return
+        self.jobs_failed += 1
+        raise JobFailed(self._obituary(progress, failure)) from failure
+
+    async def _follow(self, progress: _Progress, attempt: Attempt) -> AsyncIterator[JobEvent]:
+        """Events of one attempt until its END is acknowledged, tokens already delivered left out."""
+        base = len(progress.acked)
+        while attempt.final is None:
+            for event in await attempt.next_events():
+                if isinstance(event, JobTokens):
+                    at = base + len(attempt.tokens) - len(event.token_ids)
+                    fresh = self._undelivered(progress, event, at)
+                    if fresh is not None:
+                        yield fresh
+                elif isinstance(event, JobPaid):
+                    yield JobPaid(progress.cost)
+        await attempt.talk.__aexit__(None, None, None)
+
+    def _undelivered(self, progress: _Progress, event: JobTokens, at: int) -> JobTokens | None:
+        """The part of `event`, which starts at output index `at`, that the caller does not have yet.
+
+        Raises: JobFailed when a repeated token differs: what was shown cannot be taken back.
+        """
+        repeated = progress.delivered[at : at + len(event.token_ids)]
+        if tuple(repeated) != event.token_ids[: len(repeated)]:
+            raise JobFailed(
+                f"the provider that took over wrote another token than was delivered, near output token {at}; the two"
+                " providers do not compute the same profile. What was acknowledged is paid, nothing else"
+            )
+        fresh = event.token_ids[len(repeated) :]
+        progress.delivered.extend(fresh)
+        return JobTokens(fresh, event.logprobs[len(repeated) :]) if fresh else None
+
+    async def _begin(self, progress: _Progress, card: ModelCard, failure: TallyError | None) -> tuple[Attempt, JobId]:
+        """Quotes from the best candidates, then the first that accepts.
+
+        Raises: NoProvider, JobFailed (a continuation found nobody), InsufficientFunds, Refused (all said no).
+        """
+        refusal: Refused | None = None
+        try:
+            quoted = await self._quotes(progress, card)
+        except NoProvider as exc:
+            if failure is not None:
+                raise JobFailed(self._obituary(progress, failure)) from exc
+            raise
+        for index, attempt in enumerate(quoted):
+            try:
+                job_id = await attempt.agree(progress.prompt, progress.max_tokens, progress.parent)
+            except (TransportError, RemoteProtocolError) as exc:
+                self._penalise(attempt.provider, exc)
+                await attempt.talk.__aexit__(type(exc), exc, None)
+            except Refused as exc:
+                refusal = exc
+                await attempt.talk.__aexit__(type(exc), exc, None)
+            except BaseException as exc:
+                for rest in quoted[index:]:
+                    await rest.talk.__aexit__(type(exc), exc, None)
+                raise
+            else:
+                for rest in quoted[index + 1 :]:
+                    await rest.talk.__aexit__(None, None, None)
+                return attempt, job_id
+            progress.tried.add(attempt.provider)
+        if failure is not None:
+            raise JobFailed(self._obituary(progress, failure)) from (refusal or failure)
+        if refusal is not None and refusal.code == RefusalCode.PAYMENT_REQUIRED:
+            raise InsufficientFunds(refusal.reason) from refusal
+        raise refusal or NoProvider(f"none of {len(quoted)} providers of {card.model!r} could be reached; try again")
+
+    async def _quotes(self, progress: _Progress, card: ModelCard) -> list[Attempt]:
+        """Attempts that hold a quote, best first, each with its stream open. Raises: NoProvider."""
+        spec, now = progress.spec, self._clock.now_ms() // 1000
+        ceiling = spec.price_ceiling if spec.price_ceiling is not None else self._settings.ceiling
+        ceiling = Wei(max(0, ceiling - progress.cost))
+        needs = Needs(
+            card.profile_id, len(progress.prompt), progress.max_tokens, Tier(spec.tier), spec.private, ceiling
+        )
+        offers = {
+            Address(checked.offer.provider): checked
+            for checked in await self._offers(spec.model)
+            if Address(checked.offer.provider) not in progress.tried
+        }
+        candidates = [Candidate(checked.offer, checked.tariff, Wei(0)) for checked in offers.values()]
+        salt = self._entropy.token(8)
+        fit = rank(candidates, needs, salt, now, self._penalties)[:MAX_QUOTES]
+        if not fit:
+            reasons = {rule_out(candidate, needs, now) or "it already failed this job" for candidate in candidates}
+            raise NoProvider(f"no provider can take this job: {'; '.join(sorted(reasons)) or 'all were tried'}")
+        asked = await asyncio.gather(
+            *(self._ask(offers[Address(c.offer.provider)], card, progress, ceiling) for c in fit)
+        )
+        quoted = {attempt.provider: attempt for attempt in asked if attempt is not None}
+        waits = [
+            Candidate(c.offer, c.tariff, c.stake, quoted[Address(c.offer.provider)].queue_ms)
+            for c in fit
+            if Address(c.offer.provider) in quoted
+        ]
+        if not waits:
+            raise NoProvider(f"none of the {len(fit)} providers that offer {spec.model!r} answered; try again shortly")
+        return [quoted[Address(c.offer.provider)] for c in rank(waits, needs, salt, now, self._penalties)]
+
+    async def _ask(self, checked: CheckedOffer, card: ModelCard, progress: _Progress, ceiling: Wei) -> Attempt | None:
+        """An attempt holding a quote, or None when the provider did not give one."""
+        provider = Address(checked.offer.provider)
+        peer = PeerAddress(checked.peer_id, checked.addresses)
+        try:
+            stream = await self._transport.open(peer, JOB_PROTOCOL, DIAL_TIMEOUT_S)
+        except TransportError as exc:
+            self._penalise(provider, exc)
+            progress.tried.add(provider)
+            return None
+        attempt = Attempt(self._tools, stream, checked, card, progress.spec, ceiling)
+        await attempt.talk.__aenter__()
+        try:
+            await attempt.quote(len(progress.prompt), progress.max_tokens)
+        except (TransportError, RemoteProtocolError, Refused) as exc:
+            if not isinstance(exc, Refused):
+                self._penalise(provider, exc)
+            progress.tried.add(provider)
+            await attempt.talk.__aexit__(type(exc), exc, None)
+            return None
+        except BaseException as exc:
+            await attempt.talk.__aexit__(type(exc), exc, None)
+            raise
+        return attempt
+
+    # ------------------------------------------------------------------------------------------------------- endings
+
+    def _penalise(self, provider: Address, exc: Exception) -> None:
+        log.warning("provider 0x%s failed: %s", provider.hex(), exc)
+        self._penalties[provider] = min(8, self._penalties.get(provider, 0) + 1)
+
+    async def _give_up(self, progress: _Progress, attempt: Attempt, exc: TallyError) -> None:
+        """This attempt is over without END: close it at what was vouched for and prepare the continuation."""
+        self._penalise(attempt.provider, exc)
+        progress.tried.add(attempt.provider)
+        await attempt.talk.__aexit__(type(exc), exc, None)
+        await attempt.close(FinishReason.ERROR, str(exc))
+        progress.acked.extend(attempt.tokens[: attempt.acked])
+        if progress.parent is None:
+            progress.parent = Parent(attempt.job_id, attempt.seed)
+
+    def _wind_down(self, attempt: Attempt) -> None:
+        """The caller left: cancel in the background, so that what was delivered is receipted and paid."""
+
+        async def finish() -> None:
+            reason = FinishReason.CANCELLED
+            try:
+                with contextlib.suppress(TransportError, RemoteProtocolError, Refused, Overspend):
+                    await attempt.cancel(CANCEL_TIMEOUT_S)
+                await attempt.talk.__aexit__(None, None, None)
+                await attempt.close(reason, "cancelled by the caller")
+            except StoreError as exc:
+                log.error("a cancelled job could not be closed in the journal: %s", exc)
+
+        task = asyncio.create_task(finish())
+        self._winding_down.add(task)
+        task.add_done_callback(self._winding_down.discard)
+
+    def _conclude(self, progress: _Progress, attempt: Attempt) -> JobDone:
+        final = attempt.final
+        assert isinstance(final, WorkReceipt)
+        finish = FinishReason(final.finish_reason)
+        self._penalties.pop(attempt.provider, None)
+        if finish is FinishReason.ESCROW_EXHAUSTED:
+            self.jobs_failed += 1
+            raise InsufficientFunds(
+                f"the escrow with 0x{attempt.provider.hex()} ran out after {len(progress.delivered)} tokens, which are"
+                " paid for. Add TALLY to the wallet, or lower max_tokens"
+            )
+        self.jobs_done += 1
+        return JobDone(
+            finish=finish,
+            prompt_tokens=len(progress.spec.prompt),
+            cached_tokens=final.cached_tokens if len(progress.attempts) == 1 else 0,
+            completion_tokens=len(progress.delivered),
+            reasoning_tokens=final.reasoning_tokens,
+            ste_micro=final.ste_micro,
+            cost=progress.cost,
+            refund=Wei(final.refund),
+            job_ids=tuple(attempt.job_id for attempt in progress.attempts),
+            receipts=tuple(attempt.last_digest for attempt in progress.attempts),
+        )
+
+    def _obituary(self, progress: _Progress, failure: TallyError | None) -> str:
+        return (
+            f"the job ended after {len(progress.delivered)} tokens and {len(progress.attempts)} provider(s): {failure}."
+            f" {progress.cost} wei were paid, for acknowledged tokens only; send the request again to start afresh"
+        )
+
+    async def status(self) -> dict[str, object]:
+        """Plain JSON values; amounts as decimal strings of wei."""
+        offers = self._directory.offers()
+        return {
+            "role": "client",
+            "session_key": "0x" + self._accounts.session.address.hex(),
+            "peers": len(self._transport.connected()),
+            "offers": len(offers),
+            "models": sorted({checked.model for checked in offers}),
+            "jobs_done": self.jobs_done,
+            "jobs_failed": self.jobs_failed,
+            "spent_wei": str(self._accounts.spent),
+            "channels": [
+                {
+                    "provider": "0x" + channel.key.provider.hex(),
+                    "deposit_wei": str(channel.deposit),
+                    "vouched_wei": str(channel.vouched),
+                    "claimed_wei": str(channel.claimed),
+                    "exit_at": channel.exit_at,
+                }
+                for channel in self._accounts.channels()
+            ],
+        }
