@@ -69,7 +69,15 @@ class MemoryNet(Net):
         return MemoryTransport(self.network, secret, address)
 
 
-KINDS: dict[str, Callable[[], Net]] = {"memory": MemoryNet}
+class Libp2pNet(Net):
+    def build(self, secret: bytes, address: str | None, **options: Any) -> Transport:
+        from node.transport.libp2p import Libp2pTransport
+
+        port = 0 if address is None else int(address.rpartition("/")[2])
+        return Libp2pTransport(secret, port=port, **options)
+
+
+KINDS: dict[str, Callable[[], Net]] = {"memory": MemoryNet, "libp2p": Libp2pNet}
 
 
 @pytest.fixture(params=sorted(KINDS))
