@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, StatementError
 
 from node.ports import StoreError
 from protocol.errors import FieldOutOfRange
@@ -78,5 +78,7 @@ def store_errors(path: Path) -> Iterator[None]:
         raise explain(path, original) from exc
     except sqlite3.Error as exc:
         raise explain(path, exc) from exc
+    except StatementError as exc:  # a value that its column type refuses
+        raise StoreError(f"a value cannot be kept in {path}: {exc.orig}. Nothing of this call was kept") from exc
     except (FieldOutOfRange, OverflowError, ValueError, TypeError) as exc:
         raise StoreError(f"a value cannot be kept in {path}: {exc}. Nothing of this call was kept") from exc

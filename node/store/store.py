@@ -25,7 +25,12 @@ T = TypeVar("T")
 
 def make_engine(path: Path, *, writer: bool) -> Engine:
     """An engine on one connection. The writer's transactions take the write lock at once, so none fails halfway."""
-    engine = create_engine("sqlite://", creator=partial(files.connect, path, writer=writer), poolclass=StaticPool)
+    engine = create_engine(
+        "sqlite://",
+        creator=partial(files.connect, path, writer=writer),
+        poolclass=StaticPool,
+        hide_parameters=True,  # an error's text is logged; what a record holds is not
+    )
     begin = "BEGIN IMMEDIATE" if writer else "BEGIN"
 
     def say_begin(connection: Connection) -> None:
