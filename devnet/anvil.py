@@ -104,6 +104,13 @@ class Anvil:
         """End the process at once, as a crash would: no state is written."""
         self._end(signal.SIGKILL)
 
+    def freeze(self) -> None:
+        """Stop it from running, so that requests hang; `thaw` lets it go on."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
     def __enter__(self) -> Anvil:
         return self
 
@@ -115,6 +122,7 @@ class Anvil:
     def _end(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
+            self._process.send_signal(signal.SIGCONT)  # a frozen process takes no signal but SIGKILL
         try:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:

@@ -10,7 +10,8 @@ from typing import Any, Final
 from contracts import artifact
 from node.chain.deployment import Deployment
 from node.chain.rpc import Rpc
-from node.chain.sender import Call, Sender, SendPolicy
+from node.chain.sender import Sender, SendPolicy
+from node.chain.transactions import Call
 from node.ports import Clock
 from protocol.signing import Signer
 from protocol.units import WEI_PER_TALLY, ZERO_ADDRESS, Address, Wei

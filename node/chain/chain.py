@@ -33,7 +33,8 @@ from protocol.units import ZERO_ADDRESS, Address, Digest, Wei
 if TYPE_CHECKING:
     from node.chain.contracts import Contracts
     from node.chain.reader import Reader
-    from node.chain.sender import Receipt, Sender
+    from node.chain.sender import Sender
+    from node.chain.transactions import Receipt
 
 _CONSENT_SECONDS: Final = 3_600
 """How long a session or node key's consent is good for. It is used in the next block; an hour covers a stuck one."""
@@ -246,7 +247,7 @@ class Web3Chain:
         A settlement that timed out unmined is replaced by the next one prepared (same nonce, higher fees), so give
         that one its vouchers too; they are cumulative. Raises: ChainUnavailable, ChainError.
         """
-        from node.chain.sender import Call
+        from node.chain.transactions import Call
 
         sender, contracts = self._sender("a settlement"), self._parts.contracts
         packable = [item for item in vouchers if is_packable(item[2])]
@@ -259,7 +260,7 @@ class Web3Chain:
     async def send_settlement(self, prepared: PreparedSettlement) -> Settled:
         """See the port. Idempotent, in this process or a later one. Raises: ChainUnavailable (it may still be mined),
         TransactionReplaced (it never will be), ContractReverted, OutOfCoin."""
-        from node.chain.sender import parse_signed
+        from node.chain.transactions import parse_signed
 
         sender = self._sender("a settlement")
         with self._named("settle"):
@@ -267,7 +268,7 @@ class Web3Chain:
 
     async def settlement_result(self, transaction: Digest) -> Settled | None:
         """See the port; a block that is not `confirmations` deep does not count. Raises: ChainError when it failed."""
-        receipt = await self._sender("a settlement").receipt(transaction)
+        receipt = await self._parts.reader.receipt(transaction)
         if receipt is None:
             return None
         if receipt["status"] != 1:
@@ -303,7 +304,7 @@ class Web3Chain:
         return await self._do(function, self._deployment.escrow, data)
 
     async def _do(self, action: str, to: Address, data: bytes) -> Mined:
-        from node.chain.sender import Call
+        from node.chain.transactions import Call
 
         with self._named(action):
             return _mined(await self._sender(action).send(Call(action, to, data)))

@@ -10,6 +10,7 @@ from typing import Any, Final
 from incentives.ledger import ChannelKey, SlotSeen
 from node.chain.contracts import Contracts, checksum
 from node.chain.rpc import Rpc, RpcRefused
+from node.chain.transactions import Receipt, counts, find_receipt
 from node.ports import ChainHead, ProviderRecord, TariffRecord
 from protocol.units import ZERO_ADDRESS, Address, Digest, Wei
 
@@ -94,6 +95,13 @@ class Reader:
                 out.setdefault(int(log["blockNumber"]), set()).update(self._contracts.touched(log))
             first = upto + 1
         return out
+
+    async def receipt(self, transaction: Digest) -> Receipt | None:
+        """The receipt of a transaction, once it is deep enough to count."""
+        receipt = await find_receipt(self._rpc, transaction)
+        if receipt is None or not await counts(self._rpc, receipt, self._confirmations):
+            return None
+        return receipt
 
     async def provider(self, wallet: Address) -> ProviderRecord | None:
         return await self._provider_at(wallet, (await self.confirmed()).number)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from node.chain.contracts import checksum
 from node.chain.errors import ContractReverted, OutOfCoin, TransactionReplaced
 from node.chain.fees import Fees, fees_for, gas_limit_up
 from node.chain.rpc import CallReverted, Refusal, Rpc, RpcRefused
+from node.chain.transactions import Call, Receipt, Signed, counts, find_receipt, is_known
 from node.ports import ChainError, ChainUnavailable
 from protocol.signing import Signer
 from protocol.units import Address, Digest
@@ -49,48 +49,6 @@ class SendPolicy:
     stuck_s: float = 45.0
     deadline_s: float = 300.0
     reservation_s: float = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What to do. `action`: for messages. `gas_floor`: least gas limit. `value`: wei of coin."""
-
-    action: str
-    to: Address | None
-    data: bytes = b""
-    value: int = 0
-    gas_floor: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Signed:
-    """A signed transaction."""
-
-    hash: Digest
-    raw: bytes
-    nonce: int
-    fees: Fees
-    gas: int
-    call: Call
-
-
-Receipt = Mapping[str, Any]
-
-
-def parse_signed(action: str, raw: bytes) -> Signed:
-    """A signed type-2 transaction from its bytes. Raises: ChainError."""
-    import rlp  # type: ignore[import-untyped]
-    from eth_hash.auto import keccak
-
-    try:
-        fields = rlp.decode(raw[1:])
-        _, nonce, tip, cap, gas, to, value, data = fields[:8]
-    except (rlp.DecodingError, ValueError, TypeError) as exc:
-        raise ChainError(f"{action}: these {len(raw)} bytes are no signed transaction") from exc
-    call = Call(action, Address(to) if to else None, data, int.from_bytes(value, "big"))
-    number = int.from_bytes
-    fees = Fees(number(cap, "big"), number(tip, "big"))
-    return Signed(Digest(keccak(raw)), raw, number(nonce, "big"), fees, number(gas, "big"), call)
 
 
 class Sender:
@@ -163,11 +121,6 @@ class Sender:
             raise
         finally:
             self._in_flight.pop(signed.nonce, None)
-
-    async def receipt(self, transaction: Digest) -> Receipt | None:
-        """The receipt, once it is deep enough to count."""
-        receipt = await self._receipt(transaction)
-        return receipt if receipt is not None and await self._deep_enough(receipt) else None
 
     # ------------------------------------------------------------------------------------------------- nonces, fees
 
@@ -254,36 +207,12 @@ class Sender:
                 case Refusal.KNOWN:
                     return True
                 case Refusal.NONCE_USED | Refusal.UNDERPRICED:
-                    return await self._known(signed.hash)
+                    return await is_known(self._rpc, signed.hash)
                 case Refusal.NO_COIN:
                     raise OutOfCoin(self.address) from refused
                 case _:
                     raise
         return True
-
-    async def _known(self, transaction: Digest) -> bool:
-        """Whether the node has it, in its pool or in a block."""
-        from web3.exceptions import TransactionNotFound
-
-        async def ask(w3: Any) -> bool:
-            try:
-                return await w3.eth.get_transaction(transaction) is not None
-            except TransactionNotFound:
-                return False
-
-        return await self._rpc.read(ask)
-
-    async def _receipt(self, transaction: Digest) -> Receipt | None:
-        from web3.exceptions import TransactionNotFound
-
-        async def ask(w3: Any) -> Receipt | None:
-            try:
-                receipt: Receipt = await w3.eth.get_transaction_receipt(transaction)
-            except TransactionNotFound:
-                return None
-            return receipt
-
-        return await self._rpc.read(ask)
 
     # ------------------------------------------------------------------------------------------------------ waiting
 
@@ -292,12 +221,6 @@ class Sender:
         if receipt["status"] != 1:
             raise await self._why_reverted(signed.call, receipt)
         return receipt
-
-    async def _deep_enough(self, receipt: Receipt) -> bool:
-        if self._policy.confirmations <= 1:
-            return True
-        head = int(await self._rpc.read(lambda w3: w3.eth.block_number))
-        return head - int(receipt["blockNumber"]) + 1 >= self._policy.confirmations
 
     async def _why_reverted(self, call: Call, receipt: Receipt) -> ChainError:
         """Run it again on the block it failed in; the reason stands in no receipt."""
@@ -345,10 +268,10 @@ class _Wait:
     async def _look(self) -> Receipt | None:
         sender, newest = self._sender, self._versions[-1]
         for version in reversed(self._versions):
-            receipt = await sender._receipt(version.hash)
+            receipt = await find_receipt(sender._rpc, version.hash)
             if receipt is not None:
                 self._taken_sightings = 0
-                return receipt if await sender._deep_enough(receipt) else None
+                return receipt if await counts(sender._rpc, receipt, self._policy.confirmations) else None
         mined = await sender._count("latest")
         if mined > newest.nonce:
             self._taken_sightings += 1
@@ -356,7 +279,7 @@ class _Wait:
                 raise TransactionReplaced(self._versions[0].hash, newest.nonce)
             return None
         self._taken_sightings = 0
-        if not await sender._known(newest.hash):
+        if not await is_known(sender._rpc, newest.hash):
             _log.info("rebroadcasting dropped transaction 0x%s", newest.hash.hex())
             await sender._broadcast(newest)
         elif self._clock.monotonic() - self._moved_at >= self._policy.stuck_s:
