@@ -121,7 +121,7 @@ def types_source() -> str:
 
 def harness_source() -> str:
     """Text of contracts/test/TypesHarness.sol: each hash function callable, so vectors can be hashed by the EVM."""
-    imports = ", ".join([*(d.__name__ for d in DOCUMENTS), "Types"])
+    imports = ",\n".join(f"    {name}" for name in (*(d.__name__ for d in DOCUMENTS), "Types"))
     functions = "\n".join(
         f"    function hash{d.__name__}({d.__name__} calldata document) external pure returns (bytes32) {{\n"
         f"        return Types.hash{d.__name__}(document);\n"
@@ -137,7 +137,7 @@ def harness_source() -> str:
         "    }\n"
     )
     return (
-        f'{_HEADER}\nimport {{{imports}}} from "../src/Types.sol";\n\n'
+        f'{_HEADER}\nimport {{\n{imports}\n}} from "../src/Types.sol";\n\n'
         "/// @notice Exposes the Types library to the vector test; deployed nowhere else.\n"
         f"contract TypesHarness {{\n{domain}\n{functions}}}\n"
     )

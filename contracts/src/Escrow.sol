@@ -26,6 +26,11 @@ contract Escrow is IEscrow {
     /// @dev Half of secp256k1's order; an s above it is the malleable twin of a lower one.
     uint256 private constant HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0;
 
+    /// @dev EIP-2098: s is the lower 255 bits of its word, the recovery parity the top one.
+    uint256 private constant SIGNATURE_S = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF;
+
+    uint256 private constant UINT96 = 0xFFFFFFFFFFFFFFFFFFFFFFFF;
+
     /// @dev keccak256 of `Settled(address,uint256,uint256,uint256[])`.
     uint256 private constant SETTLED_EVENT = 0xc85ecc441bf1c11281d951e2305ebcffde7a103c1493dcd7c3f405aba97da679;
 
@@ -94,57 +99,58 @@ contract Escrow is IEscrow {
     /// @dev One assembly loop, because 100 vouchers share one transaction and every 100 gas here is 1 % of its cost.
     /// test/EscrowReference.sol says the same in plain Solidity, and the two are fuzzed against each other.
     ///
-    /// Memory from the free pointer `m`, which is not advanced because nothing is allocated after it:
-    ///   m+0x00 VOUCHER_TYPEHASH | m+0x20 provider | m+0x40 cumulative          -> struct hash
-    ///   m+0x7e 0x1901 | m+0x80 separator | m+0xa0 struct hash                  -> digest
-    ///   m+0xc0 digest | m+0xe0 v | m+0x100 r | m+0x120 s                       -> ecrecover's input
-    ///   m+0x140 signer | m+0x160 slot of _channels[provider]                   -> the channel's slot
-    ///   m+0x180 paid | m+0x1a0 fee | m+0x1c0 offset | m+0x1e0 length | m+0x200 claims...   -> event data
+    /// Memory is addressed absolutely from 0x80 on: nothing allocated there is needed any more, and the free pointer
+    /// stays as it is because nothing written here is needed afterwards.
+    ///   0x080 VOUCHER_TYPEHASH | 0x0a0 provider | 0x0c0 cumulative             -> struct hash
+    ///   0x0fe 0x1901 | 0x100 separator | 0x120 struct hash                     -> digest
+    ///   0x140 digest | 0x160 v | 0x180 r | 0x1a0 s                             -> ecrecover's input
+    ///   0x1c0 signer | 0x1e0 slot of _channels[provider]                       -> the channel's slot
+    ///   0x200 paid | 0x220 fee | 0x240 offset | 0x260 length | 0x280 claims... -> event data
     function settle(address provider, bytes calldata vouchers) external returns (uint256 paid) {
         if (vouchers.length % VOUCHER_BYTES != 0) revert MalformedBatch(vouchers.length, VOUCHER_BYTES);
         bytes32 separator = domainSeparator();
         mapping(address signer => Channel) storage channels = _channels[provider];
-        uint256 memoryStart;
         uint256 claimsEnd;
-        assembly ("memory-safe") {
-            let m := mload(0x40)
-            mstore(m, VOUCHER_TYPEHASH)
-            mstore(add(m, 0x20), provider)
-            mstore(add(m, 0x60), 0x1901)
-            mstore(add(m, 0x80), separator)
-            mstore(add(m, 0x160), channels.slot)
-            let claim := add(m, 0x200)
-            let end := add(vouchers.offset, vouchers.length)
-            for { let item := vouchers.offset } lt(item, end) { item := add(item, VOUCHER_BYTES) } {
-                let vs := calldataload(add(item, 0x20))
-                let s := shr(1, shl(1, vs))
-                if gt(s, HALF_ORDER) { continue }
+        assembly {
+            mstore(0x80, VOUCHER_TYPEHASH)
+            mstore(0xa0, provider)
+            mstore(0xe0, 0x1901)
+            mstore(0x100, separator)
+            mstore(0x1e0, channels.slot)
+            claimsEnd := 0x280
+            let item := vouchers.offset
+            let end := add(item, vouchers.length)
+            for {} lt(item, end) { item := add(item, VOUCHER_BYTES) } {
                 let cumulative := shr(160, calldataload(add(item, 0x40)))
-                mstore(add(m, 0x40), cumulative)
-                mstore(add(m, 0xa0), keccak256(m, 0x60))
-                mstore(add(m, 0xc0), keccak256(add(m, 0x7e), 0x42))
-                mstore(add(m, 0xe0), add(27, shr(255, vs)))
-                mstore(add(m, 0x100), calldataload(item))
-                mstore(add(m, 0x120), s)
-                // ecrecover returns nothing, rather than zero, when nobody signed; so the zero address is never read.
-                pop(staticcall(gas(), 1, add(m, 0xc0), 0x80, add(m, 0x140), 0x20))
+                mstore(0xc0, cumulative)
+                mstore(0x120, keccak256(0x80, 0x60))
+                mstore(0x140, keccak256(0xfe, 0x42))
+                mstore(0x180, calldataload(item))
+                {
+                    let vs := calldataload(add(item, 0x20))
+                    mstore(0x160, add(27, shr(255, vs)))
+                    vs := and(vs, SIGNATURE_S)
+                    if gt(vs, HALF_ORDER) { continue }
+                    mstore(0x1a0, vs)
+                }
+                // ecrecover returns nothing, rather than zero, when nobody signed: the zero address is never read.
+                pop(staticcall(gas(), 1, 0x140, 0x80, 0x1c0, 0x20))
                 if iszero(returndatasize()) { continue }
-                let channelSlot := keccak256(add(m, 0x140), 0x40)
+                let channelSlot := keccak256(0x1c0, 0x40)
                 // [exitAt 40 | claimed 96 | deposit 96], deposit lowest.
                 let packed := sload(channelSlot)
-                let deposit := and(packed, 0xffffffffffffffffffffffff)
-                let claimed := and(shr(96, packed), 0xffffffffffffffffffffffff)
-                // min(cumulative, deposit)
-                cumulative := xor(cumulative, mul(xor(cumulative, deposit), lt(deposit, cumulative)))
+                let claimed := and(shr(96, packed), UINT96)
+                {
+                    let deposit := and(packed, UINT96)
+                    if gt(cumulative, deposit) { cumulative := deposit }
+                }
                 if iszero(gt(cumulative, claimed)) { continue }
                 let amount := sub(cumulative, claimed)
                 sstore(channelSlot, add(packed, shl(96, amount)))
                 paid := add(paid, amount)
-                mstore(claim, or(shl(96, mload(add(m, 0x140))), cumulative))
-                claim := add(claim, 0x20)
+                mstore(claimsEnd, or(shl(96, mload(0x1c0)), cumulative))
+                claimsEnd := add(claimsEnd, 0x20)
             }
-            memoryStart := m
-            claimsEnd := claim
         }
         if (paid == 0) return 0;
 
@@ -154,13 +160,12 @@ contract Escrow is IEscrow {
             _earned[provider].pending += uint128(paid - feeDown);
             _fees.pending += uint128(feeDown);
         }
-        assembly ("memory-safe") {
-            let data := add(memoryStart, 0x180)
-            mstore(data, paid)
-            mstore(add(data, 0x20), feeDown)
-            mstore(add(data, 0x40), 0x60)
-            mstore(add(data, 0x60), shr(5, sub(claimsEnd, add(memoryStart, 0x200))))
-            log2(data, sub(claimsEnd, data), SETTLED_EVENT, provider)
+        assembly {
+            mstore(0x200, paid)
+            mstore(0x220, feeDown)
+            mstore(0x240, 0x60)
+            mstore(0x260, shr(5, sub(claimsEnd, 0x280)))
+            log2(0x200, sub(claimsEnd, 0x200), SETTLED_EVENT, provider)
         }
     }
 

@@ -174,10 +174,7 @@ interface IRegistry {
     function faultPunished(bytes32 faultId) external view returns (bool);
 
     /// @notice A logged tariff by its digest; all zero when it was never logged.
-    function tariffs(bytes32 tariffHash)
-        external
-        view
-        returns (address provider, uint48 validFrom, uint48 validUntil);
+    function tariffs(bytes32 tariffHash) external view returns (address provider, uint48 validFrom, uint48 validUntil);
 
     /// @notice The highest sequence logged for (provider, profile); zero when none.
     function lastSequence(address provider, bytes32 profileId) external view returns (uint64);

@@ -130,10 +130,7 @@ contract Registry is IRegistry {
     }
 
     /// @inheritdoc IRegistry
-    function slash(address wallet, uint256 amount, bytes32 faultId, address reporter)
-        external
-        returns (uint256 taken)
-    {
+    function slash(address wallet, uint256 amount, bytes32 faultId, address reporter) external returns (uint256 taken) {
         if (msg.sender != court) revert NotCourt(msg.sender, court);
         if (_punished[faultId]) revert FaultAlreadyPunished(faultId);
         Stake storage slot = _stakes[wallet];
@@ -213,11 +210,7 @@ contract Registry is IRegistry {
     }
 
     /// @inheritdoc IRegistry
-    function tariffs(bytes32 tariffHash)
-        external
-        view
-        returns (address provider, uint48 validFrom, uint48 validUntil)
-    {
+    function tariffs(bytes32 tariffHash) external view returns (address provider, uint48 validFrom, uint48 validUntil) {
         TariffEntry storage entry = _tariffs[tariffHash];
         return (entry.provider, entry.validFrom, entry.validUntil);
     }

@@ -24,7 +24,10 @@ contract TallyToken is ERC20, ERC20Burnable, ERC20Permit {
     /// @param minter_ Who may mint from now on; the zero address means nobody ever.
     /// @param holder Receives the initial distribution.
     /// @param amount Initial distribution in wei, at most CAP.
-    constructor(address minter_, address holder, uint256 amount) ERC20("Tallystick", "TALLY") ERC20Permit("Tallystick") {
+    constructor(address minter_, address holder, uint256 amount)
+        ERC20("Tallystick", "TALLY")
+        ERC20Permit("Tallystick")
+    {
         minter = minter_;
         _mintWithinCap(holder, amount);
     }

@@ -1,0 +1,92 @@
+"""What a settlement really costs: whole transactions on a local chain, base fee of 21,000 and calldata included.
+
+`python -m tests.contracts.test_gas` rewrites contracts/gas-snapshot.json after a deliberate change.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from contracts import FOLDER
+from contracts.codec import decode_claims, encode_vouchers
+from devnet.anvil import Anvil
+from protocol.messages import SessionConsent, Voucher
+from protocol.signing import Signer
+from protocol.units import Address
+from tests.contracts.conftest import EXIT_DELAY, SUPPLY, WEI, Chain, deploy
+
+SNAPSHOT = FOLDER / "gas-snapshot.json"
+
+TARGET_PER_PAIR = 10_500
+"""Most gas per pair at N = 100. The floor is 9,255: 1,216 calldata, 2,100 + 2,900 for a cold slot, 3,000 ecrecover,
+and a hundredth of 21,000, less the zero bytes. Above the target a settled increment costs more than it earns."""
+
+COUNTS = (1, 10, 100)
+DEPOSIT = 1_000 * WEI
+FIRST, SECOND = 3_141_592_653_589_793_238, 27_182_818_284_590_452_353
+"""Cumulative amounts in wei without zero bytes to spare, so that calldata is not flattered."""
+
+SIGNERS = [Signer.from_secret(i.to_bytes(32, "big")) for i in range(1, max(COUNTS) + 1)]
+
+
+def open_channels(chain: Chain, provider: str) -> None:
+    """One channel of DEPOSIT per signer, all owned by account 0."""
+    owner = Address(bytes.fromhex(chain.account(0)[2:]))
+    wallet = Address(bytes.fromhex(provider[2:]))
+    deadline = chain.web3.eth.get_block("latest")["timestamp"] + 1_000_000
+    consent = SessionConsent(owner, wallet, deadline)
+    chain.send(chain.token.functions.approve(chain.escrow.address, len(SIGNERS) * DEPOSIT))
+    for signer in SIGNERS:
+        signature = signer.sign(chain.domain, consent)
+        chain.send(chain.escrow.functions.open(provider, signer.address, DEPOSIT, deadline, signature))
+
+
+def packed(chain: Chain, provider: str, count: int, cumulative: int) -> bytes:
+    """`count` vouchers, each for `cumulative` plus its index."""
+    wallet = Address(bytes.fromhex(provider[2:]))
+    amounts = [cumulative + i for i in range(count)]
+    return encode_vouchers(
+        (amount, signer.sign(chain.domain, Voucher(wallet, amount)))
+        for amount, signer in zip(amounts, SIGNERS, strict=False)
+    )
+
+
+def measure(chain: Chain) -> dict[str, int]:
+    """Gas of whole transactions. `first`: the provider never earned before, which costs its first batch 17,100 once;
+    `steady`: any other batch. Whether a channel was claimed from before makes no difference: its slot holds the
+    deposit already."""
+    out: dict[str, int] = {}
+    for account, count in enumerate(COUNTS, start=1):
+        provider = chain.account(account)
+        open_channels(chain, provider)
+        for label, cumulative in (("first", FIRST), ("steady", SECOND)):
+            call = chain.escrow.functions.settle(provider, packed(chain, provider, count, cumulative))
+            receipt = chain.send(call, sender=9)
+            (event,) = chain.escrow.events.Settled().process_receipt(receipt)
+            expected = [(s.address, cumulative + i) for i, s in enumerate(SIGNERS[:count])]
+            assert decode_claims(event["args"]["claims"]) == expected
+            out[f"settle_{count}_{label}"] = receipt["gasUsed"]
+            out[f"settle_{count}_{label}_per_pair"] = -(-receipt["gasUsed"] // count)
+    out["collect"] = chain.send(chain.escrow.functions.collect(chain.account(1)))["gasUsed"]
+    out["burnFees"] = chain.send(chain.escrow.functions.burnFees())["gasUsed"]
+    return out
+
+
+@pytest.mark.slow
+def test_gas_matches_the_snapshot_and_the_target(chain: Chain) -> None:
+    measured = measure(chain)
+    assert measured["settle_100_steady_per_pair"] <= TARGET_PER_PAIR
+    assert measured == json.loads(SNAPSHOT.read_text()), "rewrite it: python -m tests.contracts.test_gas"
+
+
+if __name__ == "__main__":
+    from web3 import HTTPProvider, Web3
+
+    with Anvil() as anvil:
+        client = Web3(HTTPProvider(anvil.rpc_url))
+        holder = client.eth.accounts[0]
+        tally = deploy(client, "TallyToken", holder, holder, SUPPLY)
+        fresh = Chain(client, tally, deploy(client, "Escrow", tally.address, EXIT_DELAY))
+        SNAPSHOT.write_text(json.dumps(measure(fresh), indent=1) + "\n")
