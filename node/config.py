@@ -20,11 +20,11 @@ from typing import Any, Final
 from node.config_values import (
     ConfigError,
     Kind,
-    address,
     bootstrap,
     choice,
     count,
     duration,
+    factor,
     multiaddrs,
     optional_path,
     path,
@@ -34,14 +34,13 @@ from node.config_values import (
     text,
     url,
 )
-from protocol.units import Address, Wei
+from protocol.units import Wei
 
 __all__ = [
     "KEYS",
     "ChainConfig",
     "ClientConfig",
     "ConfigError",
-    "Deployment",
     "Key",
     "LogConfig",
     "NodeConfig",
@@ -49,7 +48,6 @@ __all__ = [
     "TransportConfig",
     "default_home",
     "load",
-    "load_deployment",
 ]
 
 
@@ -73,13 +71,16 @@ class TransportConfig:
 
 @dataclass(frozen=True, slots=True)
 class ProviderConfig:
-    """What is sold. Prices in wei per token, `per_request`, `stake`, `settle_value` in wei, `settle_interval` in s.
+    """What is sold. Prices in wei per token; `per_request`, `stake`, `settle_value`, `settle_dust` in wei.
 
-    A channel is settled when `settle_value` is due on it, or `settle_interval` after the last settlement.
-    `threads` 0: as many as there are cores. `region`: free text that goes, hashed, into the offer.
+    Vouchers are settled when `settle_value` is due in all, or `settle_interval` s after the last settlement, channels
+    below `settle_dust` left out. `threads` 0: the engine's choice. `region`: free text that goes, hashed, into the
+    offer. `*_factor`: in basis points. `*_ms`: what a tier promises, 0 for no promise; `refund_share`: bps of
+    the metered cost given back when a promise is missed. `drain`: s that running jobs get when the node stops.
     """
 
     model_dir: Path | None
+    model_name: str
     slots: int
     dtype: str
     threads: int
@@ -88,18 +89,37 @@ class ProviderConfig:
     completion_price: Wei
     reasoning_price: Wei
     per_request: Wei
+    flex_factor: int
+    standard_factor: int
+    priority_factor: int
+    standard_ttft_ms: int
+    standard_tpot_ms: int
+    priority_ttft_ms: int
+    priority_tpot_ms: int
+    refund_share: int
+    long_context_threshold: int
+    long_context_factor: int
+    privacy_factor: int
+    max_output: int
     stake: Wei
     settle_interval: int
     settle_value: Wei
+    settle_dust: Wei
+    drain: int
     region: str
     retention_hours: int
 
 
 @dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """What is bought. `max_price`: most wei one job may cost. `deposit`: wei put into a new channel."""
+    """What is bought. `max_price`: most wei one job may cost. `deposit`: wei put into a new channel.
+
+    `max_total`: most wei the session key may ever promise, 0 for no cap. `stall`: s of silence taken for a stall.
+    """
 
     max_price: Wei
+    max_total: Wei
+    stall: int
     gateway_host: str
     gateway_port: int
     deposit: Wei
@@ -164,20 +184,37 @@ KEYS: Final = (
     Key("transport.announce", multiaddrs, (), "multiaddrs to announce instead of those found"),
     Key("transport.bootstrap", bootstrap, (), "multiaddrs with /p2p/ of the peers to ask first"),
     Key("provider.model_dir", optional_path, None, "Hugging Face model directory to serve"),
+    Key("provider.model_name", text, "", "name the model is offered under; empty for the directory's name"),
     Key("provider.slots", count(1, 4096), 8, "generations served at the same time"),
-    Key("provider.dtype", choice("bfloat16", "float32", "float16"), "bfloat16", "number format of weights and cache"),
-    Key("provider.threads", count(0, 4096), 0, "CPU threads for the engine; 0 takes all cores"),
+    Key("provider.dtype", choice("auto", "bf16", "fp32"), "auto", "number format of weights and cache"),
+    Key("provider.threads", count(0, 4096), 0, "CPU threads for the engine; 0 leaves it to the model's size"),
     Key("provider.prompt_price", price, "0.10", "TALLY per million prompt tokens"),
     Key("provider.cached_price", price, "0.02", "TALLY per million prompt tokens found in the prefix cache"),
     Key("provider.completion_price", price, "0.40", "TALLY per million generated tokens"),
     Key("provider.reasoning_price", price, "0.40", "TALLY per million generated reasoning tokens"),
     Key("provider.per_request", tally, "0", "TALLY per job, whatever its length"),
+    Key("provider.flex_factor", factor, "0.8", "price factor of the flex tier, which promises nothing"),
+    Key("provider.standard_factor", factor, "1", "price factor of the standard tier"),
+    Key("provider.priority_factor", factor, "1.5", "price factor of the priority tier"),
+    Key("provider.standard_ttft_ms", count(0, 3_600_000), 0, "promised ms to the first token, standard; 0 for none"),
+    Key("provider.standard_tpot_ms", count(0, 3_600_000), 0, "promised ms a token, standard; 0 for none"),
+    Key("provider.priority_ttft_ms", count(0, 3_600_000), 2_000, "promised ms to the first token, priority"),
+    Key("provider.priority_tpot_ms", count(0, 3_600_000), 200, "promised ms a token, priority"),
+    Key("provider.refund_share", factor, "0.5", "share of the cost given back when a promise or a deadline is missed"),
+    Key("provider.long_context_threshold", count(0, (1 << 32) - 1), 32_768, "prompt tokens above which a job is long"),
+    Key("provider.long_context_factor", factor, "1", "price factor of long jobs"),
+    Key("provider.privacy_factor", factor, "1", "price factor of private jobs"),
+    Key("provider.max_output", count(1, 1 << 20), 8_192, "most output tokens of one job"),
     Key("provider.stake", tally, "100", "TALLY to hold as stake in the Registry"),
-    Key("provider.settle_interval", duration, "10m", "longest time between settlements of a channel"),
-    Key("provider.settle_value", tally, "1", "TALLY due on a channel that make it worth a settlement at once"),
+    Key("provider.settle_interval", duration, "10m", "longest time between settlements"),
+    Key("provider.settle_value", tally, "1", "TALLY due in all that make a settlement worth it at once"),
+    Key("provider.settle_dust", tally, "0.0001", "TALLY below which a channel waits, unless its payer leaves"),
+    Key("provider.drain", duration, "30s", "time that running jobs get to end when the node stops"),
     Key("provider.region", text, "", "where the machine stands, as told in the offer"),
     Key("provider.retention_hours", count(0, 24 * 366), 0, "hours that content may be kept, as told in the offer"),
     Key("client.max_price", tally, "0.1", "most TALLY that one job may cost"),
+    Key("client.max_total", tally, "0", "most TALLY the session key may ever promise; 0 for no cap"),
+    Key("client.stall", duration, "60s", "silence after which a provider is taken to have stalled"),
     Key("client.gateway_host", text, "127.0.0.1", "address of the OpenAI-compatible gateway"),
     Key("client.gateway_port", port, 8411, "TCP port of the gateway; 0 takes a free one"),
     Key("client.deposit", tally, "1", "TALLY put into the escrow channel with a new provider"),
@@ -309,49 +346,3 @@ def _from_env(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
             raise ConfigError("", f"env {variable}", f"unknown variable{hint}")
         out[key.name] = (value, f"env {variable}")
     return out
-
-
-# ----------------------------------------------------------------------------------------------------------- deployment
-
-
-@dataclass(frozen=True, slots=True)
-class Deployment:
-    """Where the contracts are. The escrow's address is the verifying contract of every signed document."""
-
-    chain_id: int
-    escrow: Address
-    registry: Address
-    token: Address
-
-
-def load_deployment(file: Path) -> Deployment:
-    """Read a deployment.json; fields that this node does not use are let be. Raises: ConfigError."""
-    import json
-
-    origin = f"file {file}"
-    try:
-        tree = json.loads(file.read_text())
-    except FileNotFoundError as exc:
-        raise ConfigError(
-            "chain.deployment", origin, "the file does not exist: take it from whoever deployed the contracts"
-        ) from exc
-    except OSError as exc:
-        raise ConfigError("chain.deployment", origin, f"the file cannot be read: {exc.strerror}") from exc
-    except ValueError as exc:
-        raise ConfigError("chain.deployment", origin, f"no JSON: {exc}") from exc
-    if not isinstance(tree, dict):
-        raise ConfigError("chain.deployment", origin, "expected an object with chain_id, escrow, registry and token")
-    values: dict[str, Any] = {}
-    for name, kind in (
-        ("chain_id", count(1, (1 << 63) - 1)),
-        ("escrow", address),
-        ("registry", address),
-        ("token", address),
-    ):
-        if name not in tree:
-            raise ConfigError(name, origin, f"missing; expected {kind.form}")
-        try:
-            values[name] = kind.parse(tree[name])
-        except (ValueError, ArithmeticError) as exc:
-            raise ConfigError(name, origin, f"{exc}; expected {kind.form}") from exc
-    return Deployment(**values)

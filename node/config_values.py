@@ -11,7 +11,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from protocol.errors import TallyError
-from protocol.units import MAX_AMOUNT, WEI_PER_TALLY, Address, Wei
+from protocol.units import BPS, MAX_AMOUNT, WEI_PER_TALLY, Wei
 
 MILLION: Final = 1_000_000
 """Prices are told per million tokens, as every price sheet of this trade does."""
@@ -86,6 +86,14 @@ def _wei(value: Any, per: int, what: str) -> Wei:
         return Wei(int(exact))
 
 
+def _bps(value: Any) -> int:
+    """A factor in, basis points out."""
+    exact = _decimal(value) * BPS
+    if exact != exact.to_integral_value() or not 0 <= exact <= 100 * BPS:
+        raise ValueError(f"{value!r} is no factor from 0 to 100 in steps of 0.0001")
+    return int(exact)
+
+
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
@@ -125,12 +133,6 @@ def _bootstrap(value: Any) -> tuple[str, ...]:
     return items
 
 
-def _address(value: Any) -> Address:
-    if not re.fullmatch(r"0x[0-9a-fA-F]{40}", _text(value)):
-        raise ValueError(f"{value!r} is no address")
-    return Address(bytes.fromhex(_text(value)[2:]))
-
-
 def count(low: int, high: int) -> Kind:
     """A whole number within bounds."""
 
@@ -162,9 +164,9 @@ port: Final = count(0, 65_535)
 url: Final = Kind("a URL such as http://127.0.0.1:8545", _url)
 multiaddrs: Final = Kind("multiaddrs such as /ip4/203.0.113.7/tcp/4001", _multiaddrs)
 bootstrap: Final = Kind("multiaddrs such as /ip4/203.0.113.7/tcp/4001/p2p/16Uiu2...", _bootstrap)
-address: Final = Kind("an address: 0x and 40 hexadecimal digits", _address)
 duration: Final = Kind("a duration above zero such as 90s, 10m, 2h or 1d (a bare number is seconds)", _duration)
 tally: Final = Kind('TALLY as a decimal such as "1.5", with at most 18 decimals', lambda v: _wei(v, 1, "in all"))
+factor: Final = Kind('a factor as a decimal such as "1.5", with at most 4 decimals', _bps)
 price: Final = Kind(
     'TALLY per million tokens as a decimal such as "0.25", with at most 12 decimals',
     lambda v: _wei(v, MILLION, "per million tokens"),

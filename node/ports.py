@@ -200,6 +200,18 @@ class EngineStats:
     tokens_total: int
 
 
+class TokenStream(Protocol):
+    """One generation under way. Reading slowly pauses it; `aclose` ends it and frees its slot at once."""
+
+    def __aiter__(self) -> AsyncIterator[EngineToken]: ...
+
+    async def __anext__(self) -> EngineToken: ...
+
+    async def aclose(self) -> None:
+        """Idempotent, never raises."""
+        ...
+
+
 class Engine(Protocol):
     """Tokens in, tokens and fingerprints out; no text."""
 
@@ -218,8 +230,8 @@ class Engine(Protocol):
 
     async def stop(self) -> None: ...
 
-    def submit(self, request: EngineRequest) -> AsyncIterator[EngineToken]:
-        """Queue a generation and stream it; closing the iterator (aclose) frees its slot at once.
+    def submit(self, request: EngineRequest) -> TokenStream:
+        """Queue a generation and stream it.
 
         Raises: EngineFull at once; ValueError for token ids or parameters out of range.
         """

@@ -141,6 +141,7 @@ class Attempt:
             head = Request(pack(request), signature, self.offer.offer.box_key, salt, self._spec.stop_ids, len(chunks))
             await self.talk.send(head, *chunks)
             accept, accept_signature = await self._accepted(job_id, request, parent)
+            await self._keep_tariff()
             await tools.store.write(
                 JobOpened(Role.CLIENT, job_id, request, signature, accept, accept_signature, self._spec.model)
             )
@@ -151,6 +152,13 @@ class Attempt:
         self._sealed = sealed
         self._work = Work.start(job_id, request, self.offer.tariff, self._card.profile, accept)
         return job_id
+
+    async def _keep_tariff(self) -> None:
+        """The signed price sheet beside the receipts that name it, so that they verify without anybody's help."""
+        key = f"tariff/{self.offer.tariff_hash.hex()}"
+        if await self._tools.store.get_value(key) is None:
+            envelope = self.offer.envelope
+            await self._tools.store.put_value(key, envelope.tariff + envelope.tariff_signature)
 
     def _make_request(
         self, prompt: tuple[int, ...], max_tokens: int, parent: Parent | None, box: BoxKey, salt: bytes

@@ -15,7 +15,7 @@ from typing import Final
 from node.engine.spec import ModelError, ModelSpec, load_spec, read_json, weight_files
 from protocol.messages import Profile
 from protocol.sampling import SAMPLER_VERSION
-from protocol.units import ZERO_DIGEST, Digest
+from protocol.units import Digest
 
 ENGINE_VERSION: Final = "tally/engine/torch-decoder/1"
 """Names the arithmetic of decoder.py; its hash is part of the profile. A change that moves logits needs a new name."""
@@ -69,7 +69,7 @@ def profile_of(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Pro
     return Profile(
         weights_root=_weights_root(model_dir),
         tokenizer_hash=_tokenizer_hash(model_dir),
-        chat_template_hash=_chat_template_hash(model_dir),
+        chat_template_hash=Digest(_sha256(chat_template(model_dir).encode())),
         special_policy_hash=Digest(_sha256(SPECIAL_POLICY.encode())),
         dtype_hash=kind,
         kv_dtype_hash=kind,
@@ -122,11 +122,14 @@ def _tokenizer_hash(model_dir: Path) -> Digest:
     return Digest(_file_sha256(path))
 
 
-def _chat_template_hash(model_dir: Path) -> Digest:
-    """SHA-256 of the template's text, from chat_template.jinja or tokenizer_config.json; zero when there is none."""
+def chat_template(model_dir: Path) -> str:
+    """The template's text, from chat_template.jinja or tokenizer_config.json; empty when there is none.
+
+    Raises: ModelError.
+    """
     jinja = model_dir / "chat_template.jinja"
     if jinja.is_file():
-        return Digest(_file_sha256(jinja))
+        return jinja.read_bytes().decode("utf-8", errors="replace")
     path = model_dir / "tokenizer_config.json"
     template = read_json(path, "download it").get("chat_template") if path.exists() else None
-    return Digest(_sha256(template.encode())) if isinstance(template, str) else ZERO_DIGEST
+    return template if isinstance(template, str) else ""

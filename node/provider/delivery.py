@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
 from incentives.ledger import AckReceived, JobClosed, ReceiptIssued, Role
 from node.jobstream import JobStream
-from node.ports import Clock, EngineToken, Store, StreamEnded
+from node.ports import Clock, Store, StreamEnded, TokenStream
 from node.provider.books import Books
 from protocol.eip712 import Domain, digest
 from protocol.errors import Overspend, RemoteProtocolError, UnexpectedFrame
@@ -76,7 +76,7 @@ class Delivery:
         """The account as it stands."""
         return self._work
 
-    async def run(self, tokens: AsyncIterator[EngineToken]) -> FinishReason:
+    async def run(self, tokens: TokenStream) -> FinishReason:
         """Raises: RemoteProtocolError when the client broke the protocol, StoreError; the job is closed either way."""
         pump = asyncio.create_task(self._pump(tokens))
         reader = asyncio.create_task(self._read())
@@ -100,16 +100,15 @@ class Delivery:
 
     # -------------------------------------------------------------------------------------------------- what comes in
 
-    async def _pump(self, tokens: AsyncIterator[EngineToken]) -> None:
+    async def _pump(self, tokens: TokenStream) -> None:
         """Engine tokens into the buffer, never more than one increment ahead of delivery."""
         try:
-            async with contextlib.aclosing(tokens) as stream:  # type: ignore[type-var]
-                async for token in stream:
-                    if not self._work.completion_tokens and not self._rows:
-                        self._work = replace(self._work, cached_tokens=token.cached_tokens)
-                    self._rows.append((token.token_id, token.logprob, token.projection))
-                    self._engine_finish = token.finish
-                    self._wake.set()
+            async for token in tokens:
+                if not self._work.completion_tokens and not self._rows:
+                    self._work = replace(self._work, cached_tokens=token.cached_tokens)
+                self._rows.append((token.token_id, token.logprob, token.projection))
+                self._engine_finish = token.finish
+                self._wake.set()
         except Exception as exc:  # noqa: BLE001 - whatever the engine raises ends this job, and only this job
             self._fail(exc)
 

@@ -143,7 +143,10 @@ class Offering:
         return all(getattr(tariff, name) == getattr(self._wanted, name) for name in names)
 
     async def _admit(self, tariff: Tariff) -> None:
-        self._tariffs[digest(self._chain.domain, tariff)] = (tariff, self._signer.sign(self._chain.domain, tariff))
+        tariff_hash = digest(self._chain.domain, tariff)
+        signature = self._signer.sign(self._chain.domain, tariff)
+        await self._store.put_value(f"tariff/{tariff_hash.hex()}", pack(tariff) + signature)
+        self._tariffs[tariff_hash] = (tariff, signature)
 
     async def renew(self) -> None:
         """Sign and announce a fresh offer under the newest tariff in force. Raises: StoreError."""

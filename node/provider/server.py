@@ -172,17 +172,24 @@ class JobServer:
             raise Refused(RefusalCode.BUSY, str(exc)) from exc
         except ValueError as exc:
             raise Refused(RefusalCode.BAD_REQUEST, str(exc)) from exc
-        accept = Accept(Digest(admitted.job_id), Digest(nonce), admitted.seed, tools.clock.now_ms())
-        signature = tools.signer.sign(tools.domain, accept)
-        await tools.store.write(
-            JobOpened(
-                Role.PROVIDER, admitted.job_id, admitted.request, frame.signature, accept, signature, self._card.model
+        async with contextlib.aclosing(tokens):
+            accept = Accept(Digest(admitted.job_id), Digest(nonce), admitted.seed, tools.clock.now_ms())
+            signature = tools.signer.sign(tools.domain, accept)
+            await tools.store.write(
+                JobOpened(
+                    Role.PROVIDER,
+                    admitted.job_id,
+                    admitted.request,
+                    frame.signature,
+                    accept,
+                    signature,
+                    self._card.model,
+                )
             )
-        )
-        await talk.send(Accepted(pack(accept), signature))
-        work = Work.start(admitted.job_id, admitted.request, admitted.tariff, self._card.profile, accept)
-        delivery = Delivery(tools, talk, sealed, work)
-        finish = await delivery.run(tokens)
+            await talk.send(Accepted(pack(accept), signature))
+            work = Work.start(admitted.job_id, admitted.request, admitted.tariff, self._card.profile, accept)
+            delivery = Delivery(tools, talk, sealed, work)
+            finish = await delivery.run(tokens)
         self.tokens_served += delivery.work.completion_tokens
         self.jobs_served += finish is not FinishReason.ERROR
 

@@ -1,0 +1,308 @@
+"""The composition root: builds each role from the configuration, wires the ports, and takes all down again.
+
+Only this file knows which class stands behind which port. Each `*_app` is an async context manager: entered, the role
+serves; left, it drains, settles and closes in the reverse order, also when starting failed half way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from node.config import NodeConfig
+from node.keys import load_or_create, read_password
+from node.ports import Chain, PeerAddress, Store, Transport
+from node.system import SystemClock, SystemEntropy
+from protocol.errors import TallyError
+from protocol.units import Address, Digest, Wei
+
+if TYPE_CHECKING:
+    from node.chain.chain import Web3Chain
+    from node.client.router import Router
+    from node.discovery.directory import OfferDirectory
+    from node.gateway.server import GatewayServer
+    from node.provider.provider import Provider
+    from protocol.messages import Tariff
+    from protocol.signing import Signer
+
+MIN_STAKE = Wei(1)
+"""Stake below which a client ignores an offer. Unit: wei. The Registry's own minimum is what keeps strangers out."""
+
+CONTROL_SOCKET = "control.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderApp:
+    """A serving provider."""
+
+    provider: Provider
+    store: Store
+    chain: Web3Chain
+    transport: Transport
+    wallet: Signer
+    node_key: Signer
+    home: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ClientApp:
+    """A client that can run jobs."""
+
+    marketplace: Router
+    store: Store
+    chain: Web3Chain
+    transport: Transport
+    directory: OfferDirectory
+    wallet: Signer
+    session: Signer
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayApp:
+    """A client with the OpenAI-compatible server before it. `url`: ends in /v1."""
+
+    client: ClientApp
+    server: GatewayServer
+    url: str
+
+
+def password_of(config: NodeConfig) -> bytes:
+    """The key files' password. Raises: KeystoreError naming the file and how to make it."""
+    return read_password(config.password_file or config.home / "password")
+
+
+def bootstrap_peers(config: NodeConfig) -> tuple[PeerAddress, ...]:
+    """`/ip4/1.2.3.4/tcp/4001/p2p/16Uiu2...` -> where and who."""
+    peers = []
+    for text in config.transport.bootstrap:
+        address, _, peer_id = text.rpartition("/p2p/")
+        peers.append(PeerAddress(peer_id, (address,)))
+    return tuple(peers)
+
+
+async def _key(config: NodeConfig, name: str) -> Signer:
+    """Unlocking takes a second of CPU by design, so it leaves the event loop."""
+    return await asyncio.to_thread(load_or_create, config.keys_dir, name, password_of(config))
+
+
+@asynccontextmanager
+async def journal(config: NodeConfig) -> AsyncIterator[Store]:
+    """The store alone. Raises: StoreError, also when a node of this home is running."""
+    from node.store.store import SqlStore
+
+    store = SqlStore(config.journal)
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def wallet_chain(config: NodeConfig) -> AsyncIterator[tuple[Web3Chain, Signer]]:
+    """The chain, acting for this home's wallet."""
+    wallet = await _key(config, "wallet")
+    async with _chain(config, wallet) as chain:
+        yield chain, wallet
+
+
+@asynccontextmanager
+async def _chain(config: NodeConfig, wallet: Signer) -> AsyncIterator[Web3Chain]:
+    from node.chain.chain import Web3Chain
+    from node.chain.deployment import Deployment
+
+    deployment = Deployment.load(config.chain.deployment)
+    chain = Web3Chain(config.chain.rpc_url, deployment, wallet, clock=SystemClock())
+    await chain.start()
+    try:
+        yield chain
+    finally:
+        await chain.stop()
+
+
+def _transport(config: NodeConfig, secret: bytes, *, listen: bool) -> Transport:
+    """`listen` False: a client that only dials takes a free port on loopback."""
+    from node.transport.libp2p import Libp2pTransport
+
+    wanted = config.transport
+    if not listen:
+        return Libp2pTransport(secret, "127.0.0.1", 0, (), wanted.bootstrap)
+    return Libp2pTransport(secret, wanted.listen_host, wanted.listen_port, wanted.announce, wanted.bootstrap)
+
+
+@asynccontextmanager
+async def _background(*work: Any) -> AsyncIterator[None]:
+    """Run coroutines until the block is left."""
+    tasks = [asyncio.create_task(item) for item in work]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _control(config: NodeConfig, routes: Mapping[str, Any]) -> AsyncIterator[None]:
+    """The local socket that `tally status` and its like talk to."""
+    from node.gateway.control import ControlServer
+
+    server = ControlServer(config.home / CONTROL_SOCKET, routes)
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop()
+
+
+def wanted_tariff(config: NodeConfig, wallet: Address, profile_id: Digest) -> Tariff:
+    """The price sheet the configuration describes; sequence and dates are filled in when it is logged."""
+    from protocol.messages import Tariff
+
+    prices = config.provider
+    return Tariff(
+        provider=wallet,
+        sequence=0,
+        profile_id=profile_id,
+        prompt_price=prices.prompt_price,
+        cached_price=prices.cached_price,
+        completion_price=prices.completion_price,
+        reasoning_price=prices.reasoning_price,
+        per_request=prices.per_request,
+        flex_bps=prices.flex_factor,
+        standard_bps=prices.standard_factor,
+        priority_bps=prices.priority_factor,
+        flex_ttft_ms=0,
+        standard_ttft_ms=prices.standard_ttft_ms,
+        priority_ttft_ms=prices.priority_ttft_ms,
+        flex_tpot_ms=0,
+        standard_tpot_ms=prices.standard_tpot_ms,
+        priority_tpot_ms=prices.priority_tpot_ms,
+        flex_refund_bps=0,
+        standard_refund_bps=prices.refund_share,
+        priority_refund_bps=prices.refund_share,
+        long_context_threshold=prices.long_context_threshold,
+        long_context_bps=prices.long_context_factor,
+        privacy_bps=prices.privacy_factor,
+        reserved_discount_bps=0,
+        valid_from=0,
+        valid_until=0,
+    )
+
+
+@asynccontextmanager
+async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
+    """Serve. Raises: ConfigError, KeystoreError, StoreError, ChainError, ModelError, TransportError."""
+    from incentives.settlement import SettlePolicy
+    from node.discovery.directory import OfferDirectory
+    from node.engine.card import load_card
+    from node.engine.engine import TorchEngine
+    from node.provider.offering import OfferTexts
+    from node.provider.provider import Provider, ProviderSettings
+
+    wanted = config.provider
+    if wanted.model_dir is None:
+        raise TallyError("no model to serve: name a Hugging Face model directory with --model DIR")
+    clock, entropy = SystemClock(), SystemEntropy()
+    wallet, node_key = await _key(config, "wallet"), await _key(config, "node")
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(journal(config))
+        chain = await stack.enter_async_context(_chain(config, wallet))
+        engine = TorchEngine(wanted.model_dir, wanted.dtype, wanted.slots, threads=wanted.threads or None)
+        await engine.start()
+        stack.push_async_callback(engine.stop)
+        model = wanted.model_name or wanted.model_dir.resolve().name
+        card = load_card(wanted.model_dir, model, engine.profile, engine.max_context)
+        transport = _transport(config, node_key.secret, listen=True)
+        directory = OfferDirectory(transport, chain, clock, bootstrap_peers(config), MIN_STAKE)
+        directory.start_serving()
+        settings = ProviderSettings(
+            wanted_tariff(config, wallet.address, card.profile_id),
+            OfferTexts(model, wanted.region, wanted.retention_hours, min(wanted.max_output, engine.max_context)),
+            SettlePolicy(wanted.settle_interval, wanted.settle_value, wanted.settle_dust),
+            wanted.stake,
+            float(wanted.drain),
+        )
+        provider = Provider(settings, node_key, engine, card, store, chain, transport, directory, clock, entropy)
+        await transport.start()
+        stack.push_async_callback(transport.stop)
+        stack.push_async_callback(provider.stop)
+        await provider.start()
+        await stack.enter_async_context(_background(directory.run()))
+
+        async def status(_: dict[str, Any]) -> dict[str, Any]:
+            return {**await provider.status(), "peer_id": transport.peer_id, "chain": await chain_status(chain)}
+
+        await stack.enter_async_context(_control(config, {"status": status}))
+        yield ProviderApp(provider, store, chain, transport, wallet, node_key, config.home)
+
+
+async def chain_status(chain: Chain) -> dict[str, object]:
+    """What `status` says of the chain: its head, or why it does not answer."""
+    try:
+        async with asyncio.timeout(3):
+            head = await chain.head()
+    except (TallyError, TimeoutError) as exc:
+        return {"reachable": False, "error": str(exc) or "no answer in 3 s"}
+    return {"reachable": True, "block": head.number, "timestamp": head.timestamp}
+
+
+@asynccontextmanager
+async def client_app(config: NodeConfig) -> AsyncIterator[ClientApp]:
+    """Be a client. Raises: ConfigError, KeystoreError, StoreError, ChainError, TransportError."""
+    from node.client.accounts import Accounts, SpendingLimits
+    from node.client.router import ClientSettings, Router
+    from node.discovery.directory import OfferDirectory
+
+    clock, entropy = SystemClock(), SystemEntropy()
+    wallet, session = await _key(config, "wallet"), await _key(config, "session")
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(journal(config))
+        chain = await stack.enter_async_context(_chain(config, wallet))
+        # A fresh network identity at every start: a client's peer id need not tie its sessions together.
+        transport = _transport(config, entropy.token(32), listen=False)
+        directory = OfferDirectory(transport, chain, clock, bootstrap_peers(config), MIN_STAKE)
+        directory.start_serving()
+        limits = SpendingLimits(config.client.deposit, config.client.max_total)
+        accounts = Accounts(session, wallet.address, limits, store, chain)
+        settings = ClientSettings(config.client.max_price, float(config.client.stall))
+        router = Router(settings, accounts, store, transport, directory, clock, entropy)
+        await router.start()
+        await transport.start()
+        stack.push_async_callback(transport.stop)
+        stack.push_async_callback(router.stop)
+        await stack.enter_async_context(_background(directory.run()))
+        yield ClientApp(router, store, chain, transport, directory, wallet, session)
+
+
+@asynccontextmanager
+async def gateway_app(config: NodeConfig) -> AsyncIterator[GatewayApp]:
+    """Be a client behind an OpenAI-compatible server. Raises: what `client_app` raises, GatewayError."""
+    from node.gateway.auth import ApiKeys
+    from node.gateway.server import GatewayServer
+
+    clock, entropy = SystemClock(), SystemEntropy()
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(client_app(config))
+        keys = ApiKeys(config.home / "api_keys.json", clock=clock, entropy=entropy)
+        server = GatewayServer(
+            client.marketplace,
+            host=config.client.gateway_host,
+            port=config.client.gateway_port,
+            api_keys=keys,
+            clock=clock,
+            entropy=entropy,
+        )
+        port = await server.start()
+        stack.push_async_callback(server.stop)
+        url = f"http://{config.client.gateway_host}:{port}/v1"
+
+        async def status(_: dict[str, Any]) -> dict[str, Any]:
+            return {**await client.marketplace.status(), "url": url, "chain": await chain_status(client.chain)}
+
+        await stack.enter_async_context(_control(config, {"status": status}))
+        yield GatewayApp(client, server, url)
