@@ -23,7 +23,8 @@ contract Escrow is IEscrow {
     /// @notice Bytes of one packed voucher: r, s with parity, cumulative.
     uint256 public constant VOUCHER_BYTES = 76;
 
-    /// @dev Half of secp256k1's order; an s above it is the malleable twin of a lower one.
+    /// @dev Half of secp256k1's order; an s above it is the malleable twin of a lower one. Packing in 255 bits excludes
+    /// nearly all of those; the check excludes the rest, which a key can be made for.
     uint256 private constant HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0;
 
     /// @dev EIP-2098: s is the lower 255 bits of its word, the recovery parity the top one.

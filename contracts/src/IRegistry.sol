@@ -76,6 +76,8 @@ interface IRegistry {
 
     /// @notice Unbonding for `unbondDelay` seconds does not outlast the `judgement` a fault can take.
     error UnbondDelayTooShort(uint256 unbondDelay, uint256 judgement);
+    /// @notice Unbonding for `unbondDelay` seconds would hold stake longer than `maximum`.
+    error UnbondDelayTooLong(uint256 unbondDelay, uint256 maximum);
     /// @notice An epoch of zero seconds.
     error ZeroEpoch();
     /// @notice The zero address cannot be a node key.
@@ -146,7 +148,7 @@ interface IRegistry {
     /// @return amount Wei sent, possibly zero.
     function collectBounty(address reporter) external returns (uint256 amount);
 
-    /// @notice Announce where a Profile is published. Nothing is stored: the id is the hash of the document, so a
+    /// @notice Announce where a Profile is published. Nothing is stored: the id is the document's hashStruct, so a
     /// reader checks the file against it and a false announcement convinces nobody.
     function registerProfile(bytes32 profileId, bytes32 uriHash) external;
 

@@ -16,6 +16,10 @@ contract Registry is IRegistry {
 
     uint256 private constant BPS = 10_000;
 
+    /// @notice Longest unbonding delay a deployment may choose. Seconds. Doubling it doubles how long a provider that
+    /// leaves waits for its money.
+    uint256 public constant MAX_UNBOND_DELAY = 365 days;
+
     /// @notice What stake is held in.
     ITallyToken public immutable token;
 
@@ -65,6 +69,7 @@ contract Registry is IRegistry {
     ) {
         uint256 judgement = auditWindow + disputeWindow + verdictWindow;
         if (unbondDelay_ <= judgement) revert UnbondDelayTooShort(unbondDelay_, judgement);
+        if (unbondDelay_ > MAX_UNBOND_DELAY) revert UnbondDelayTooLong(unbondDelay_, MAX_UNBOND_DELAY);
         if (epochSeconds_ == 0) revert ZeroEpoch();
         token = token_;
         escrow = escrow_;

@@ -14,6 +14,7 @@ contract EscrowTest is EscrowFixture {
     address private constant PROVIDER = address(0xB0B);
     uint256 private constant SESSION = 0x5E55;
     uint256 private constant DEPOSIT = 1_000 ether;
+    uint256 private constant ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141;
     bytes32 private constant PERMIT_TYPEHASH =
         keccak256("Permit(address owner,address spender,uint256 value,uint256 nonce,uint256 deadline)");
 
@@ -74,8 +75,7 @@ contract EscrowTest is EscrowFixture {
             SESSION,
             Types.digest(escrow.domainSeparator(), Types.hashSessionConsent(SessionConsent(OWNER, PROVIDER, 100)))
         );
-        uint256 order = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141;
-        bytes memory twin = abi.encodePacked(r, bytes32(order - uint256(s)), v == 27 ? 28 : 27);
+        bytes memory twin = abi.encodePacked(r, bytes32(ORDER - uint256(s)), v == 27 ? 28 : 27);
         vm.expectRevert(abi.encodeWithSelector(IEscrow.BadConsent.selector, session, address(0)));
         vm.prank(OWNER);
         escrow.open(PROVIDER, session, DEPOSIT, 100, twin);
@@ -174,6 +174,24 @@ contract EscrowTest is EscrowFixture {
         (uint256 earned,) = escrow.earnedOf(PROVIDER);
         eq(fees, uint256(amount) * 12 / 100, "fee");
         eq(earned + fees, amount, "nothing lost");
+    }
+
+    /// @dev EIP-2098 leaves s 255 bits, so almost no high s can be written; this key is made to have one. With the
+    /// secret nonce 1, r is the generator's x and any s is valid for the key (s - digest) / r.
+    function test_settleSkipsAHighS() external {
+        uint96 cumulative = 100;
+        bytes32 digest = voucherDigest(PROVIDER, cumulative);
+        uint256 highS = ORDER / 2 + 1;
+        uint256 r = 0x79BE667EF9DCBBAC55A06295CE870B07029BFCDB2DCE28D959F2815B16F81798;
+        uint256 key = mulmod(addmod(highS, ORDER - uint256(digest) % ORDER, ORDER), inverse(r), ORDER);
+        openChannel(OWNER, PROVIDER, key, DEPOSIT);
+        eq(ecrecover(digest, 27, bytes32(r), bytes32(highS)), vm.addr(key), "the precompile accepts it");
+        eq(escrow.settle(PROVIDER, abi.encodePacked(r, highS, cumulative)), 0, "paid for a high s");
+        eq(
+            escrow.settle(PROVIDER, abi.encodePacked(r, (ORDER - highS) | 1 << 255, cumulative)),
+            100,
+            "paid for its twin"
+        );
     }
 
     function test_settleRefusesHalfAVoucher() external {
@@ -345,6 +363,15 @@ contract EscrowTest is EscrowFixture {
     function recover(bytes32 digest, bytes memory sig) private pure returns (address) {
         (bytes32 r, bytes32 s, uint8 v) = (slice(sig, 0), slice(sig, 32), uint8(sig[64]));
         return ecrecover(digest, v, r, s);
+    }
+
+    /// @dev Fermat: x^(n-2) mod n.
+    function inverse(uint256 x) private pure returns (uint256 out) {
+        out = 1;
+        for (uint256 e = ORDER - 2; e != 0; e >>= 1) {
+            if (e & 1 == 1) out = mulmod(out, x, ORDER);
+            x = mulmod(x, x, ORDER);
+        }
     }
 
     function slice(bytes memory data, uint256 start) private pure returns (bytes32 out) {

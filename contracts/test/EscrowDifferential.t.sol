@@ -86,7 +86,7 @@ contract EscrowDifferentialTest is EscrowFixture {
         if (kind == 5) digest = keccak256(abi.encode(digest)); // another domain
         (uint8 v, bytes32 r, bytes32 s) = vm.sign(secret, digest);
         bool odd = v == 28;
-        if (kind == 6) (s, odd) = (bytes32(ORDER - uint256(s)), !odd); // the malleable twin
+        if (kind == 6) s = bytes32(ORDER - uint256(s)); // the twin's s, its top bit lost in packing
         if (kind == 7) odd = !odd; // recovers somebody else
         if (kind == 8) r = (seed >> 16) & 1 == 0 ? bytes32(0) : bytes32(ORDER); // no point has this r
         out.r = r;

@@ -251,6 +251,8 @@ contract RegistryTest is RegistryFixture {
     function test_unbondingOutlastsJudgement() external {
         vm.expectRevert(abi.encodeWithSelector(IRegistry.UnbondDelayTooShort.selector, 5 days, 5 days));
         deploy(5 days, EPOCH);
+        vm.expectRevert(abi.encodeWithSelector(IRegistry.UnbondDelayTooLong.selector, 365 days + 1, 365 days));
+        deploy(365 days + 1, EPOCH);
         vm.expectRevert(abi.encodeWithSelector(IRegistry.ZeroEpoch.selector));
         deploy(5 days + 1, 0);
     }
