@@ -36,7 +36,7 @@ class Channel:
     exit_at: int = 0
     owed: Wei = field(default=Wei(0))
     vouched: Wei = field(default=Wei(0))
-    reserved: Mapping[JobId, Wei] = _NOTHING
+    reserved: Mapping[JobId, Wei] = field(default_factory=lambda: _NOTHING)
 
     @property
     def free(self) -> Wei:
