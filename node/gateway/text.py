@@ -77,7 +77,7 @@ class TextCodec:
     @property
     def vocab_size(self) -> int:
         """Ids the tokenizer knows: every one is below this."""
-        return int(max(self._vocabulary.decoder.get_vocab(with_added_tokens=True).values(), default=-1)) + 1
+        return self._vocabulary.size
 
     @property
     def control_ids(self) -> frozenset[int]:

@@ -33,6 +33,7 @@ class Vocabulary:
 
     `encoder`: knows the control tokens by `secret_names` only. `decoder`: the tokenizer as published.
     `secret_names`: control token's text -> its name in `encoder`. `silent_ids`: ids that are never shown as text.
+    `byte_tokens`: id -> byte, for tokenizers that fall back to bytes. `size`: the highest id, plus one.
     `spelled`: regular expressions matching each control token where the published tokenizer would match it.
     """
 
@@ -44,6 +45,7 @@ class Vocabulary:
     silent_ids: frozenset[int]
     byte_level: bool
     byte_tokens: dict[int, int]
+    size: int
 
 
 def load_vocabulary(tokenizer_json: bytes, eos_ids: tuple[int, ...], nonce: str) -> Vocabulary:
@@ -77,6 +79,7 @@ def load_vocabulary(tokenizer_json: bytes, eos_ids: tuple[int, ...], nonce: str)
         silent_ids=special | frozenset(eos_ids),
         byte_level="ByteLevel" in kinds,
         byte_tokens=_byte_tokens(decoder) if "ByteFallback" in kinds else {},
+        size=1 + max(decoder.get_vocab(with_added_tokens=True).values(), default=-1),
     )
 
 
