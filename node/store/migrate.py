@@ -46,8 +46,12 @@ def check_version(connection: Connection, path: Path) -> str | None:
     return revision
 
 
+def is_current(revision: str | None) -> bool:
+    """Whether a database at `revision` needs no migration."""
+    return revision == ScriptDirectory.from_config(config()).get_current_head()
+
+
 def upgrade(connection: Connection) -> None:
     """Bring the schema to the newest revision, in the transaction of the caller's connection."""
-    head = ScriptDirectory.from_config(config()).get_current_head()
-    if current(connection) != head:
+    if not is_current(current(connection)):
         command.upgrade(config(connection), "head")

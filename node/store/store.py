@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,6 +22,8 @@ from node.store.writer import Call, Writer
 from protocol.units import JobId
 
 T = TypeVar("T")
+
+log = logging.getLogger("tally.store")
 
 
 def make_engine(path: Path, *, writer: bool) -> Engine:
@@ -86,13 +89,22 @@ class SqlStore:
                 with connection.begin():
                     revision = migrate.check_version(connection, self.path)
                 if revision is not None:
-                    files.rotate_backups(self.path)
+                    self._back_up(needed=not migrate.is_current(revision))
                 with connection.begin():
                     migrate.upgrade(connection)
             self._reader = make_engine(self.path, writer=False)
             self._engines = (engine, self._reader)
         event.listen(engine, "commit", self._count)
         self._writer = Writer(self.path, engine)
+
+    def _back_up(self, *, needed: bool) -> None:
+        """A backup that cannot be made keeps a node from migrating (`needed`), but not from earning."""
+        try:
+            files.rotate_backups(self.path)
+        except StoreError as exc:
+            if needed:
+                raise
+            log.warning("the node starts without a fresh backup: %s", exc)
 
     def _count(self, _connection: Connection) -> None:
         self.commits += 1
