@@ -115,6 +115,8 @@ def save(directory: Path, name: str, password: str | bytes, secret: bytes, *, sc
     if not password:
         raise KeystoreError(f"an empty password does not protect {path}: write one into the password file")
     try:
+        if len(secret) != 32:  # the curve's library would pad it
+            raise ValueError(f"{len(secret)} bytes")
         signer = Signer.from_secret(secret)
     except ValueError as exc:
         raise KeystoreError(f"what was given for {path} is no secp256k1 key") from exc
