@@ -144,7 +144,7 @@ def from_tally(exc: TallyError) -> ApiError:
     """The answer to an error of the marketplace or of a model card, before anything was delivered."""
     if isinstance(exc, Refused):
         status, kind, code = _REFUSALS.get(exc.code, (503, "server_error", "provider_refused"))
-        said = f"{exc.reason or exc.code}. Nothing was paid." if not exc.reason.endswith(".") else exc.reason
+        said = f"The job was refused ({exc.code}): {exc.reason}"
         after = BUSY_RETRY_S if status in (429, 503) else None
         return ApiError(status, kind, code, said, retry=False if status == 409 else None, retry_after_s=after)
     if isinstance(exc, InsufficientFunds):
@@ -168,7 +168,9 @@ def from_finish(finish: FinishReason) -> ApiError:
     if finish is FinishReason.DEADLINE:
         said = "The job's deadline passed before the answer was complete. Ask for fewer tokens or a faster tier."
         return ApiError(504, "server_error", "deadline_exceeded", said, retry=False)
-    said = f"The stream ended as {finish.name.lower()} before the answer was complete. Ask again."
+    said = (
+        f"The stream ended ({finish.name.lower()}) without the final receipt, so the answer is not complete. Ask again."
+    )
     return ApiError(503, "server_error", "job_failed", said)
 
 

@@ -15,6 +15,9 @@ compared with it, so doubling it doubles both."""
 MAX_MESSAGES: Final = 4096
 """Most messages in a conversation. Above any real one; bounds what a template must loop over."""
 
+MAX_MODEL_CHARS: Final = 256
+"""Longest model name. Unit: characters. Names are repeated in errors, so a longer one would be an echo service."""
+
 MAX_TOP_LOGPROBS: Final = 20
 """OpenAI's own limit for chat."""
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from node.gateway.errors import ApiError, invalid, unsupported
-from node.gateway.limits import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOPS, MAX_TOP_LOGPROBS
+from node.gateway.limits import MAX_MESSAGES, MAX_MODEL_CHARS, MAX_STOP_CHARS, MAX_STOPS, MAX_TOP_LOGPROBS
 from node.gateway.text import ChatMessage
 from node.ports import Sampling
 from protocol.units import MAX_PROMPT_TOKENS, Tier
@@ -169,7 +169,7 @@ def _without(fields: _Fields, field: str, needed: str) -> ApiError:
 
 def _call(fields: _Fields, *, kind: Kind, prompt: Prompt, max_tokens: int | None, top_logprobs: int | None) -> Call:
     model = fields.text("model")
-    if not model:
+    if not model or len(model) > MAX_MODEL_CHARS:
         raise fields.fail("model", "must name a model; GET /v1/models lists them")
     stream = fields.flag("stream")
     include_usage = fields.object("stream_options").flag("include_usage")
@@ -249,7 +249,7 @@ def _refuse_chat(fields: _Fields) -> None:
         raise unsupported("tool_choice", "tool_choice is not offered yet.")
     kind = fields.object("response_format").text("type")
     if kind not in (None, "text"):
-        raise unsupported("response_format", f"response_format {kind!r} is not offered yet; only text is.")
+        raise unsupported("response_format", f"response_format {kind[:40]!r} is not offered yet; only text is.")
     modalities = fields.get("modalities")
     if fields.get("audio") or modalities not in (None, [], ["text"]):
         name = "audio" if fields.get("audio") else "modalities"
@@ -302,7 +302,9 @@ def _content(fields: _Fields, role: str) -> str:
         inner = _Fields(part, f"{path}.")
         kind = inner.text("type")
         if kind != "text":
-            raise unsupported(inner.name("type"), f"{inner.name('type')} is {kind!r}; only text parts are offered.")
+            raise unsupported(
+                inner.name("type"), f"{inner.name('type')} is {(kind or '')[:40]!r}; only text parts are offered."
+            )
         text = inner.text("text")
         if text is None:
             raise inner.fail("text", "must be a string")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAI
 from tokenizers import Tokenizer
 
 from node.gateway.auth import ApiKeys
@@ -39,6 +40,8 @@ class ManualClock:
         return self._now
 
     async def sleep(self, seconds: float) -> None:
+        if seconds <= 0:
+            return
         until: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (self._now + seconds, seconds, until)
         self._sleepers.append(entry)
@@ -47,18 +50,32 @@ class ManualClock:
                 self._slept.notify_all()
             await until
         finally:
-            self._sleepers.remove(entry)
+            if entry in self._sleepers:
+                self._sleepers.remove(entry)
 
     async def sleeping(self, seconds: float) -> None:
         """Return once somebody sleeps for just so long."""
         async with self._slept:
             await self._slept.wait_for(lambda: any(length == seconds for _, length, _ in self._sleepers))
 
+    async def stuck(self, seconds: float) -> None:
+        """Return once somebody has slept for just so long through many turns of the loop: nothing else moves."""
+        turns = 0
+        before: object = None
+        while turns < 200:
+            await asyncio.sleep(0)
+            now = next((until for _, length, until in self._sleepers if length == seconds), None)
+            turns = turns + 1 if now is not None and now is before else 0
+            before = now
+
     async def advance(self, seconds: float) -> None:
         self._now += seconds
-        for due, _, until in list(self._sleepers):
-            if due <= self._now and not until.done():
-                until.set_result(None)
+        due = [entry for entry in self._sleepers if entry[0] <= self._now]
+        for entry in due:
+            # Gone at once, so that `sleeping` waits for the next sleeper and not for this one's leaving.
+            self._sleepers.remove(entry)
+            if not entry[2].done():
+                entry[2].set_result(None)
 
 
 class Seeded:
@@ -85,7 +102,10 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, **options: Any) -> AsyncOpenAI:
-        return AsyncOpenAI(**({"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0} | options))
+        http = DefaultAsyncHttpxClient(verify=_tls())
+        return AsyncOpenAI(
+            **({"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0, "http_client": http} | options)
+        )
 
     def sync_client(self, **options: Any) -> OpenAI:
         return OpenAI(**({"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0} | options))
@@ -168,6 +188,12 @@ def shown(prompt: tuple[int, ...]) -> str:
     """A prompt with its control tokens written out."""
     tokenizer = Tokenizer.from_str(cards.byte_level_json().decode())
     return str(tokenizer.decode(list(prompt), skip_special_tokens=False))
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """Made once: each client would load the system's certificates anew, for plain HTTP."""
+    return ssl.create_default_context()
 
 
 @cache

@@ -56,7 +56,7 @@ hostile = st.lists(st.one_of(plain_text, markers, fragments), max_size=6).map(""
 
 
 @given(kinds, st.lists(hostile, min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_no_content_becomes_a_control_token(kind: str, contents: list[str]) -> None:
     ids = codec(kind).encode_chat(user(*contents))
     harmless = codec(kind).encode_chat(user(*("x" for _ in contents)))
@@ -113,7 +113,7 @@ benign = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters
 
 
 @given(kinds, st.lists(benign, min_size=1, max_size=3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_harmless_contents_give_the_ids_of_the_whole_rendered_text(kind: str, contents: list[str]) -> None:
     messages = user(*contents)
     source = CARDS[kind]()
@@ -234,7 +234,7 @@ def cut_at_stop(text: str, stops: list[str]) -> str:
 
 
 @given(st.lists(st.integers(0, 410), max_size=40), st.lists(st.integers(0, 50), max_size=10))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_pieces_join_to_the_whole_whatever_the_batches(ids: list[int], cuts: list[int]) -> None:
     tokenizer = published("byte-level")
     known = [number for number in ids if number < tokenizer.get_vocab_size()]
@@ -243,7 +243,7 @@ def test_pieces_join_to_the_whole_whatever_the_batches(ids: list[int], cuts: lis
 
 
 @given(st.sampled_from(["byte-level", "metaspace"]), plain_text)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_no_replacement_character_appears_inside_good_text(kind: str, text: str) -> None:
     ids = list(codec(kind).encode_text(text))
     stream = codec(kind).stream()
@@ -258,7 +258,7 @@ def test_no_replacement_character_appears_inside_good_text(kind: str, text: str)
     st.lists(st.text("ab é", min_size=1, max_size=4), min_size=1, max_size=4),
     st.lists(st.integers(0, 50), max_size=10),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_text_ends_before_the_first_stop_wherever_tokens_end(text: str, stops: list[str], cuts: list[int]) -> None:
     ids = list(codec("byte-level").encode_text(text))
     shown, stopped = streamed("byte-level", ids, cuts, stops)
@@ -267,7 +267,7 @@ def test_text_ends_before_the_first_stop_wherever_tokens_end(text: str, stops: l
 
 
 @given(st.text("abc é日", max_size=20), st.lists(st.text("ab日", min_size=1, max_size=3), max_size=2))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_each_token_is_reported_once_in_order_with_its_bytes(text: str, stops: list[str]) -> None:
     ids = list(codec("byte-level").encode_text(text))
     stream = codec("byte-level").stream(stops)
