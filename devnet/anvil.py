@@ -105,8 +105,9 @@ class Anvil:
         self._end(signal.SIGKILL)
 
     def freeze(self) -> None:
-        """Stop it from running, so that requests hang; `thaw` lets it go on."""
+        """Stop it from running, so that requests hang; `thaw` lets it go on. It has stopped when this returns."""
         self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
 
     def thaw(self) -> None:
         self._process.send_signal(signal.SIGCONT)

@@ -69,7 +69,7 @@ async def fund(
 
     Raises: ChainUnavailable, ChainError.
     """
-    from node.chain.contracts import Contracts
+    from node.chain.contracts import Contracts, named_reverts
 
     async with _connected(rpc_url, payer, clock) as (rpc, sender, _):
         contracts = Contracts(rpc.w3, deployment)
@@ -78,7 +78,8 @@ async def fund(
                 await sender.send(Call("send coin", account, value=coin))
             if tally:
                 data = contracts.encode(contracts.token, "transfer", account, tally)
-                await sender.send(Call("transfer", deployment.token, data))
+                with named_reverts(rpc.w3, "transfer"):
+                    await sender.send(Call("transfer", deployment.token, data))
 
 
 @contextlib.asynccontextmanager
@@ -94,11 +95,13 @@ async def _connected(rpc_url: str, wallet: Signer, clock: Clock) -> AsyncIterato
 
 async def _create(rpc: Rpc, sender: Sender, name: str, *arguments: Any) -> Address:
     """Deploy one contract; addresses among the arguments are 20 bytes."""
-    from node.chain.contracts import checksum
+    from node.chain.contracts import checksum, named_reverts
 
     loaded = artifact(name)
     factory = rpc.w3.eth.contract(abi=loaded["abi"], bytecode=loaded["bytecode"])
     shown = [checksum(a) if isinstance(a, bytes) else a for a in arguments]
     data = bytes.fromhex(factory.constructor(*shown).data_in_transaction.removeprefix("0x"))
-    receipt = await sender.send(Call(f"deploy {name}", None, data))
+    action = f"deploy {name}"
+    with named_reverts(rpc.w3, action):
+        receipt = await sender.send(Call(action, None, data))
     return Address(bytes.fromhex(receipt["contractAddress"].removeprefix("0x")))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -11,7 +12,7 @@ from incentives.ledger import ChannelKey, SlotSeen
 from node.chain.deployment import Deployment
 from node.chain.errors import NoContract, NotEnoughTally, NoWallet, WrongChain
 from node.chain.packing import is_packable
-from node.chain.rpc import CallReverted, Rpc, RpcLimits
+from node.chain.rpc import Rpc, RpcLimits
 from node.chain.watcher import SlotWatcher
 from node.ports import (
     ChainError,
@@ -62,11 +63,12 @@ class ChainOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What exists once web3 was imported."""
+    """What exists once web3 was imported. `named`: within it, reverts carry the contract's name for them."""
 
     contracts: Contracts
     reader: Reader
     sender: Sender | None
+    named: Callable[[str], AbstractContextManager[None]]
 
 
 class Web3Chain:
@@ -95,7 +97,7 @@ class Web3Chain:
 
         Raises: ChainUnavailable; WrongChain, NoContract (both ChainError). After either, `start` may be called again.
         """
-        from node.chain.contracts import Contracts
+        from node.chain.contracts import Contracts, named_reverts
         from node.chain.reader import Reader
         from node.chain.sender import Sender, SendPolicy
 
@@ -114,7 +116,7 @@ class Web3Chain:
         )
         reader = Reader(self._rpc, contracts, options.confirmations)
         sender = Sender(self._rpc, self._wallet, self._deployment.chain_id, policy) if self._wallet else None
-        self._started = _Parts(contracts, reader, sender)
+        self._started = _Parts(contracts, reader, sender, functools.partial(named_reverts, self._rpc.w3))
 
     async def stop(self) -> None:
         self._started = None
@@ -253,7 +255,7 @@ class Web3Chain:
         packable = [item for item in vouchers if is_packable(item[2])]
         data = contracts.settle(provider, [(total, signature) for _, total, signature in packable])
         floor = _SETTLE_BASE_GAS + _SETTLE_ITEM_GAS * len(packable)
-        with self._named("settle"):
+        with self._parts.named("settle"):
             signed = await sender.prepare(Call("settle", self._deployment.escrow, data, gas_floor=floor))
         return PreparedSettlement(signed.hash, signed.raw, tuple((client, total) for client, total, _ in packable))
 
@@ -263,7 +265,7 @@ class Web3Chain:
         from node.chain.transactions import parse_signed
 
         sender = self._sender("a settlement")
-        with self._named("settle"):
+        with self._parts.named("settle"):
             return self._settled(await sender.send_prepared(parse_signed("settle", prepared.raw)))
 
     async def settlement_result(self, transaction: Digest) -> Settled | None:
@@ -306,7 +308,7 @@ class Web3Chain:
     async def _do(self, action: str, to: Address, data: bytes) -> Mined:
         from node.chain.transactions import Call
 
-        with self._named(action):
+        with self._parts.named(action):
             return _mined(await self._sender(action).send(Call(action, to, data)))
 
     async def _need_tally(self, action: str, amount: Wei) -> None:
@@ -321,14 +323,6 @@ class Web3Chain:
         if await self._parts.reader.allowance(wallet, spender) < amount:
             data = contracts.encode(contracts.token, "approve", spender, amount)
             await self._do("approve", self._deployment.token, data)
-
-    @contextlib.contextmanager
-    def _named(self, action: str) -> Iterator[None]:
-        """A revert, by the contract's name for it."""
-        try:
-            yield
-        except CallReverted as reverted:
-            raise self._parts.contracts.revert(action, reverted) from reverted
 
 
 def _mined(receipt: Receipt) -> Mined:

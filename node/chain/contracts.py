@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from contracts import artifact
+from contracts import SHIPPED, artifact
 from contracts.codec import decode_claims, encode_vouchers
 from incentives.ledger import ChannelKey
 from node.chain.deployment import Deployment
@@ -43,12 +45,6 @@ class Contracts:
         self.escrow = _bound(w3, "Escrow", deployment.escrow)
         self.registry = _bound(w3, "Registry", deployment.registry)
         self._codec = w3.codec
-        self._errors = {
-            _selector(entry): entry
-            for name in ("Escrow", "Registry", "TallyToken")
-            for entry in artifact(name)["abi"]
-            if entry["type"] == "error"
-        }
         self._topics = {
             _topic(entry): entry["name"]
             for entry in artifact("Escrow")["abi"]
@@ -95,24 +91,28 @@ class Contracts:
                 return self._settled(log)
         return None
 
-    def revert(self, action: str, reverted: CallReverted) -> ContractReverted:
-        """The custom error a contract reverted with, by name and with its arguments."""
-        from eth_abi.exceptions import DecodingError
-
-        plain = ContractReverted(action, "Error", {"reason": reverted.message})
-        entry = self._errors.get(reverted.data[:4])
-        if entry is None:
-            return plain
-        try:
-            values = self._codec.decode([i["type"] for i in entry["inputs"]], reverted.data[4:])
-        except DecodingError:
-            return plain
-        named = zip((i["name"] for i in entry["inputs"]), values, strict=True)
-        return ContractReverted(action, entry["name"], {name: _plain(value) for name, value in named})
-
     def _settled(self, log: Mapping[str, Any]) -> SettledLog:
         paid, fee, claims = self._codec.decode(["uint256", "uint256", "uint256[]"], bytes(log["data"]))
         return SettledLog(Wei(paid), Wei(fee), tuple((Address(a), Wei(c)) for a, c in decode_claims(claims)))
+
+
+@contextlib.contextmanager
+def named_reverts(w3: AsyncWeb3[Any], action: str) -> Iterator[None]:
+    """Within it, a contract's revert is raised as ContractReverted: the custom error's name and arguments."""
+    from eth_abi.exceptions import DecodingError
+
+    try:
+        yield
+    except CallReverted as reverted:
+        entry = _errors().get(reverted.data[:4])
+        if entry is None:
+            raise ContractReverted(action, "Error", {"reason": reverted.message}) from reverted
+        try:
+            values = w3.codec.decode([i["type"] for i in entry["inputs"]], reverted.data[4:])
+        except DecodingError as exc:
+            raise ContractReverted(action, entry["name"], {"undecodable": reverted.data[4:]}) from exc
+        named = zip((i["name"] for i in entry["inputs"]), values, strict=True)
+        raise ContractReverted(action, entry["name"], {n: _plain(value) for n, value in named}) from reverted
 
 
 def checksum(address: bytes) -> Any:
@@ -125,6 +125,13 @@ def checksum(address: bytes) -> Any:
 def _bound(w3: AsyncWeb3[Any], name: str, address: Address) -> AsyncContract:
     contract: AsyncContract = w3.eth.contract(address=checksum(address), abi=artifact(name)["abi"])
     return contract
+
+
+@functools.cache
+def _errors() -> dict[bytes, Any]:
+    """Every custom error of the shipped contracts, by selector. All of them: one reverts with another's error."""
+    entries = (entry for name in SHIPPED for entry in artifact(name)["abi"])
+    return {_selector(entry): entry for entry in entries if entry["type"] == "error"}
 
 
 def _selector(entry: Any) -> bytes:

@@ -187,32 +187,37 @@ class Sender:
     # -------------------------------------------------------------------------------------------------- broadcasting
 
     async def _sign_and_broadcast(self, call: Call) -> Signed:
-        gas, fees = await self._gas(call), await self._fees()
+        gas = await self._gas(call)
         for _ in range(_NONCE_TRIES):
-            signed = self._sign(call, await self._next_nonce(), fees, gas)
-            if await self._broadcast(signed):
+            signed = self._sign(call, await self._next_nonce(), await self._fees(), gas)
+            if await self._broadcast(signed, first_time=True):
                 return signed
-            fees = fees.bumped_up()  # in case the nonce's holder is unmined and only outbid
         raise ChainUnavailable(f"{call.action}: other senders keep taking this wallet's nonces; nothing was sent")
 
-    async def _broadcast(self, signed: Signed) -> bool:
+    async def _broadcast(self, signed: Signed, *, first_time: bool = False) -> bool:
         """Hand it to the node. False: the nonce is another transaction's.
 
+        `first_time`: it never left this process. Then a node that knows it already has it from another process of
+        this wallet, which wanted the very same thing at the same moment: that one is not ours to count.
         Raises: OutOfCoin, RpcRefused, ChainUnavailable (after the tries a read gets; it may have arrived).
         """
-        try:
-            await self._rpc.read(lambda w3: w3.eth.send_raw_transaction(signed.raw))
-        except RpcRefused as refused:
-            match refused.kind:
-                case Refusal.KNOWN:
-                    return True
-                case Refusal.NONCE_USED | Refusal.UNDERPRICED:
-                    return await is_known(self._rpc, signed.hash)
-                case Refusal.NO_COIN:
-                    raise OutOfCoin(self.address) from refused
-                case _:
+        limits = self._rpc.limits
+        for attempt in range(limits.attempts):
+            try:
+                await self._rpc.once(lambda w3: w3.eth.send_raw_transaction(signed.raw))
+                return True
+            except ChainUnavailable:
+                first_time = False  # it may have arrived all the same
+                if attempt == limits.attempts - 1:
                     raise
-        return True
+                await self._rpc.clock.sleep(limits.pause(attempt))
+            except RpcRefused as refused:
+                if refused.kind is Refusal.NO_COIN:
+                    raise OutOfCoin(self.address) from refused
+                if refused.kind not in (Refusal.KNOWN, Refusal.NONCE_USED, Refusal.UNDERPRICED):
+                    raise
+                return not first_time and (refused.kind is Refusal.KNOWN or await is_known(self._rpc, signed.hash))
+        return False
 
     # ------------------------------------------------------------------------------------------------------ waiting
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from eth_hash.auto import keccak
 
@@ -13,8 +14,9 @@ from protocol.eip712 import Domain
 from protocol.messages import Tariff, Voucher
 from protocol.signing import Signer
 from protocol.units import Address, Digest, Wei
-from tests.twins.chain_lab import ChainLab, Node
+from tests.twins.chain_lab import AnvilLab, ChainLab, Node
 
+T = TypeVar("T")
 Item = tuple[Address, Wei, bytes]
 
 PATIENCE_S = 10.0
@@ -89,3 +91,40 @@ async def balanced(lab: ChainLab, reader: Node, keys: list[ChannelKey], provider
     unclaimed = sum(slot.deposit - slot.claimed for slot in slots if slot is not None)
     earned = sum([await reader.earned(provider) for provider in providers])
     assert await lab.escrow_holds() == unclaimed + earned + await lab.fees_pending()
+
+
+async def eventually(check: Callable[[], Awaitable[T | None]]) -> T:
+    """What `check` returns once it is not None. For what happens in another process and cannot be waited on.
+
+    Raises: TimeoutError.
+    """
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            found = await check()
+            if found is not None:
+                return found
+            await asyncio.sleep(0.02)
+
+
+async def pooled(lab: AnvilLab, sender: Address, count: int = 1, other_than: Digest | None = None) -> list[Digest]:
+    """Hashes of `sender`'s transactions in Anvil's pool, by nonce, once there are at least `count`, and the last one
+    is not `other_than`."""
+
+    async def look() -> list[Digest] | None:
+        content = await lab.ask("txpool_content")
+        found: dict[int, Digest] = {}
+        for part in ("pending", "queued"):
+            for account, by_nonce in content[part].items():
+                if bytes.fromhex(account[2:]) == sender:
+                    found |= {int(n): Digest(bytes.fromhex(t["hash"][2:])) for n, t in by_nonce.items()}
+        hashes = [found[nonce] for nonce in sorted(found)]
+        return hashes if len(hashes) >= count and hashes[-1] != other_than else None
+
+    return await eventually(look)
+
+
+async def send_as(lab: AnvilLab, sender: Address, to: Address, data: str = "0x", **fields: str) -> Digest:
+    """A transaction from outside this node, without `sender`'s key."""
+    await lab.ask("anvil_impersonateAccount", "0x" + sender.hex())
+    body = {"from": "0x" + sender.hex(), "to": "0x" + to.hex(), "data": data, **fields}
+    return Digest(bytes.fromhex((await lab.ask("eth_sendTransaction", body))[2:]))
