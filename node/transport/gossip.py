@@ -65,6 +65,10 @@ class Gossip:
         self.pubsub = GuardedPubsub(host, self._router, strict_signing=True, max_inbound_rpc_size=MAX_RPC_BYTES)
         self._joined: set[str] = set()
 
+    def close(self) -> None:
+        """End the thread that the library starts for its memory of messages seen."""
+        self.pubsub.seen_messages.stop()
+
     async def run(self, stack: AsyncExitStack) -> None:
         """Start the services; they end with `stack`."""
         await stack.enter_async_context(background_trio_service(self.pubsub))

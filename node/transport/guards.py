@@ -53,6 +53,11 @@ KEEPER_TICK_S: Final = 0.25
 20 MB when it is seen; doubling the time doubles that."""
 
 
+OVERSLEPT_S: Final = 1.0
+"""A tick this late says that our own process was stopped or starved: pongs may lie unread in the sockets, so the time
+counts for nobody's death."""
+
+
 @contextmanager
 def map_libp2p_errors(what: str) -> Iterator[None]:
     """Turn whatever the library raises into DialFailed. `what`: "nothing was sent" in its own words, and what next."""
@@ -162,9 +167,14 @@ class Keeper:
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             next_ping = trio.current_time() + self._ping_every_s
+            tick_s = min(KEEPER_TICK_S, self._ping_every_s)
             while True:
-                await trio.sleep(min(KEEPER_TICK_S, self._ping_every_s))
+                before = trio.current_time()
+                await trio.sleep(tick_s)
+                overslept = trio.current_time() - before - tick_s
                 for conn in self.connections():
+                    if overslept > OVERSLEPT_S:
+                        conn.forgive(overslept)
                     self._judge(conn)
                 if trio.current_time() >= next_ping:
                     next_ping = trio.current_time() + self._ping_every_s

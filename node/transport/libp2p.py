@@ -221,17 +221,18 @@ class Libp2pTransport:
             thread.submit(thread.spawn, network.subscribe, topic)
 
     async def provide(self, key: bytes) -> None:
-        thread, network = self._running(TransportError)
         try:
+            thread, network = self._running(TransportError)
             await thread.call(network.directory.provide, key, timeout_s=CALL_S)
-        except TimeoutError:
-            log.info("announcing a key took more than %g s; some peers may not know", CALL_S)
+        except (TransportError, TimeoutError) as exc:
+            log.info("a key was not announced to every peer that should know: %s", exc)
 
     async def find_providers(self, key: bytes, limit: int) -> list[PeerAddress]:
-        thread, network = self._running(TransportError)
         try:
+            thread, network = self._running(TransportError)
             return await thread.call(network.directory.find, key, limit, timeout_s=CALL_S)
-        except TimeoutError:
+        except (TransportError, TimeoutError) as exc:
+            log.info("no peer could be asked for a key: %s", exc)
             return []
 
     def _running(self, error: type[TransportError]) -> tuple[TrioThread, Network]:

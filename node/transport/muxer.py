@@ -198,7 +198,12 @@ class GuardedYamux(yamux.Yamux):  # type: ignore[misc]
         except Exception as exc:  # noqa: BLE001 - one peer's connection must not end the others'
             log.info("the connection to %s ended by an error: %r", self.peer_id, exc)
         finally:
+            self.event_started.set()  # whoever waits for the start must learn that it failed
             await self._cleanup_on_error()
+
+    def forgive(self, seconds: float) -> None:
+        """Do not count a time in which we ourselves could not listen."""
+        self._pong.at += seconds
 
     def condemn(self, reason: str) -> None:
         """Close the connection of a peer that breaks the rules or is dead, without waiting for anything."""

@@ -94,6 +94,7 @@ class Network:
     async def run(self, listen_address: str, ready: Callable[[Network], None]) -> None:
         """Serve until cancelled. Raises: TransportError when `listen_address` cannot be bound."""
         async with AsyncExitStack() as stack:
+            stack.callback(self.gossip.close)
             await stack.enter_async_context(self.host.run(listen_addrs=[Multiaddr(listen_address)]))
             if not self.host.get_transport_addrs():
                 raise TransportError(

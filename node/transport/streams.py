@@ -78,8 +78,8 @@ class Libp2pStream:
 
     @property
     def unsent(self) -> bool:
-        """Whether accepted bytes wait for the network."""
-        return self._accepted > self._written and not self._inbox.ended
+        """Whether something accepted (or the end of the stream) is still to be written."""
+        return bool(self._outbox) or self._t_flushing
 
     # -------------------------------------------------------------------------------------------------- asyncio side
 
@@ -185,7 +185,7 @@ class Libp2pStream:
                 self._poked = True
             if self._t_closing:
                 await self._t_finish()
-        except BaseLibp2pError as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever it is, this stream is over, and its user must learn it
             self._thread.post(self.end, f"peer {self._peer_id} takes no more: {exc}")
             await self._t_abandon()
         finally:
@@ -211,7 +211,7 @@ class Libp2pStream:
                 # Our port has no half-closed streams: who ends a stream reads it no more.
                 await self._t_finish()
             return
-        except BaseLibp2pError as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever it is, this stream is over, and its user must learn it
             self._thread.post(self.end, f"peer {self._peer_id} is gone or has reset the stream ({exc})")
         finally:
             self._registry.discard(self)
@@ -228,7 +228,6 @@ class Libp2pStream:
     def t_reset(self) -> None:
         self._t_closing = True
         self._t_room.set()
-        self._outbox.clear()
         self._thread.spawn(self._t_abandon)
 
     async def _t_linger(self) -> None:
@@ -247,5 +246,6 @@ class Libp2pStream:
 
     async def _t_abandon(self) -> None:
         """Reset the stream; wakes the pump, which takes it off the register."""
+        self._outbox.clear()
         with trio.move_on_after(LINGER_S):
             await self._net_stream.reset()

@@ -88,13 +88,10 @@ class TrioThread:
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.shield(self._ready)
-        except TimeoutError as exc:
+        except BaseException as exc:  # cancelled too: no thread is left behind
             await self.stop()
-            raise NetworkDown(
-                f"the network was not up within {timeout_s:g} s; nothing is listening; try again"
-            ) from exc
-        except Exception:
-            await self.stop()
+            if isinstance(exc, TimeoutError):
+                raise NetworkDown(f"the network was not up within {timeout_s:g} s; nothing listens; try again") from exc
             raise
 
     async def stop(self) -> None:

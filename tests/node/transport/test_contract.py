@@ -127,6 +127,22 @@ async def test_what_was_sent_before_a_close_arrives_and_then_the_stream_has_ende
             await stream.receive(DEADLINE_S)
 
 
+async def test_what_was_sent_before_a_stop_arrives(net: Net) -> None:
+    async def farewell(stream: Stream) -> None:
+        await stream.send(*[bytes([number]) * 1000 for number in range(60)])
+        await stream.close()
+        done.set()
+
+    done = asyncio.Event()
+    client, server = await net.pair(ECHO, farewell)
+    stream = await client.open(where(server), ECHO, DEADLINE_S)
+    await asyncio.wait_for(done.wait(), DEADLINE_S)
+    await server.stop()
+    assert [await stream.receive(DEADLINE_S) for _ in range(60)] == [bytes([number]) * 1000 for number in range(60)]
+    with pytest.raises(StreamEnded):
+        await stream.receive(DEADLINE_S)
+
+
 async def test_a_reset_ends_the_stream_at_both_ends(net: Net) -> None:
     held = Held()
     client, server = await net.pair(ECHO, held)
