@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -87,6 +88,7 @@ class Web3Chain:
         self._options = options or ChainOptions()
         self._rpc = Rpc(rpc_url, clock, self._options.rpc)
         self._started: _Parts | None = None
+        self._allowance = asyncio.Lock()  # from an approval until what it was given for is spent
 
     @property
     def domain(self) -> Domain:
@@ -190,19 +192,22 @@ class Web3Chain:
     async def open_channel(self, provider: Address, session_secret: bytes, amount: Wei) -> Mined:
         """See the port. Raises: NotEnoughTally, ContractReverted, OutOfCoin, ChainUnavailable (then it may still be
         mined: look at the slot before trying again, or the deposit is made twice)."""
-        parts, session = self._parts, Signer.from_secret(session_secret)
-        wallet = self._sender("opening a channel").address
-        key = ChannelKey(provider, session.address)
+        session = Signer.from_secret(session_secret)
+        async with self._allowance:
+            await self._need_tally("open", amount)
+            await self._allow(self._deployment.escrow, amount)
+            data = await self._deposit_data(provider, session, amount)
+            return await self._do("open or top up", self._deployment.escrow, data)
+
+    async def _deposit_data(self, provider: Address, session: Signer, amount: Wei) -> bytes:
+        """Calldata of topUp when the channel is this wallet's, else of open."""
+        parts, wallet = self._parts, self._sender("opening a channel").address
         escrow = parts.contracts.escrow
-        await self._need_tally("open", amount)
-        await self._allow(self._deployment.escrow, amount)
-        if await parts.reader.channel_owner(key) == wallet:
-            data = parts.contracts.encode(escrow, "topUp", provider, session.address, amount)
-            return await self._do("topUp", self._deployment.escrow, data)
+        if await parts.reader.channel_owner(ChannelKey(provider, session.address)) == wallet:
+            return parts.contracts.encode(escrow, "topUp", provider, session.address, amount)
         deadline = (await parts.reader.head()).timestamp + _CONSENT_SECONDS
         consent = session.sign(self.domain, SessionConsent(wallet, provider, deadline))
-        data = parts.contracts.encode(escrow, "open", provider, session.address, amount, deadline, consent)
-        return await self._do("open", self._deployment.escrow, data)
+        return parts.contracts.encode(escrow, "open", provider, session.address, amount, deadline, consent)
 
     async def request_exit(self, key: ChannelKey) -> Mined:
         return await self._on_channel("requestExit", key)
@@ -224,10 +229,11 @@ class Web3Chain:
             await self._do(action, self._deployment.registry, data)
         if stake > staked:
             missing = Wei(stake - staked)
-            await self._need_tally("stake", missing)
-            await self._allow(self._deployment.registry, missing)
-            data = parts.contracts.encode(registry, "stake", missing)
-            await self._do("stake", self._deployment.registry, data)
+            async with self._allowance:
+                await self._need_tally("stake", missing)
+                await self._allow(self._deployment.registry, missing)
+                data = parts.contracts.encode(registry, "stake", missing)
+                await self._do("stake", self._deployment.registry, data)
 
     async def log_tariff(self, tariff: Tariff, signature: bytes) -> Mined:
         data = self._parts.contracts.log_tariff(tariff, signature)

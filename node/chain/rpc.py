@@ -87,8 +87,9 @@ class CallReverted(ChainError):
         return f"the contract reverted: {self.message}"
 
 
-_BUSY_CODES: Final = frozenset({-32005, 429})
-"""JSON-RPC codes for "limit exceeded" (EIP-1474), and HTTP's as some providers repeat it in the body."""
+_PASSING: Final = (Refusal.BUSY, Refusal.UNKNOWN_BLOCK)
+_PASSING_CODES: Final = frozenset({-32005, -32603, 429})
+"""JSON-RPC codes for "limit exceeded" (EIP-1474) and "internal error", and HTTP's 429 as some repeat it in the body."""
 
 
 class Rpc:
@@ -176,7 +177,7 @@ class Rpc:
         message = str(error.get("message", error)) if isinstance(error, Mapping) else str(error or exc)
         code = error.get("code") if isinstance(error, Mapping) else None
         kind = Refusal.of(message)
-        if code in _BUSY_CODES or kind in (Refusal.BUSY, Refusal.UNKNOWN_BLOCK):
+        if kind in _PASSING or (kind is Refusal.OTHER and code in _PASSING_CODES):
             raise self._unavailable(message) from exc
         raise RpcRefused(self.name, kind, message) from exc
 

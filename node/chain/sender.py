@@ -28,8 +28,8 @@ _NONCE_TRIES: Final = 4
 """How often a nonce that turned out used is replaced by a fresh one: each try means another sender won a race."""
 
 _REPLACED_SIGHTINGS: Final = 3
-"""A nonce counts as taken by another transaction only after the node said so this often in a row: behind a load
-balancer the receipt may be on the next node already."""
+"""A nonce counts as taken by another transaction only after the node said so this often, `poll_s` apart: behind
+a load balancer the receipt may be on the next node already."""
 
 _FIRST_POLL_S: Final = 0.02
 
@@ -143,11 +143,16 @@ class Sender:
 
     async def _gas(self, call: Call) -> int:
         """Gas limit. The estimate is made on the pending block, so it sees what this wallet sent before."""
+        body = self._body(call)
+        estimate = await self._rpc.read(lambda w3: w3.eth.estimate_gas(body, "pending"))
+        return max(gas_limit_up(int(estimate)), call.gas_floor)
+
+    def _body(self, call: Call) -> Any:
+        """The call as eth_call and eth_estimateGas take it."""
         body: dict[str, Any] = {"from": checksum(self.address), "data": "0x" + call.data.hex(), "value": call.value}
         if call.to is not None:
             body["to"] = checksum(call.to)
-        estimate = await self._rpc.read(lambda w3: w3.eth.estimate_gas(body, "pending"))  # type: ignore[arg-type]
-        return max(gas_limit_up(int(estimate)), call.gas_floor)
+        return body
 
     def _sign(self, call: Call, nonce: int, fees: Fees, gas: int) -> Signed:
         from eth_account import Account
@@ -229,11 +234,9 @@ class Sender:
 
     async def _why_reverted(self, call: Call, receipt: Receipt) -> ChainError:
         """Run it again on the block it failed in; the reason stands in no receipt."""
-        body: dict[str, Any] = {"from": checksum(self.address), "data": "0x" + call.data.hex(), "value": call.value}
-        if call.to is not None:
-            body["to"] = checksum(call.to)
+        body = self._body(call)
         try:
-            await self._rpc.read(lambda w3: w3.eth.call(body, int(receipt["blockNumber"])))  # type: ignore[arg-type]
+            await self._rpc.read(lambda w3: w3.eth.call(body, int(receipt["blockNumber"])))
         except CallReverted as reverted:
             return reverted
         except ChainUnavailable:
@@ -259,7 +262,7 @@ class _Wait:
                 receipt = await self._look()
                 if receipt is not None:
                     return receipt
-            except ChainUnavailable as exc:
+            except (ChainUnavailable, RpcRefused) as exc:
                 last = str(exc)
             if self._clock.monotonic() >= deadline:
                 newest = self._versions[-1]
@@ -267,8 +270,8 @@ class _Wait:
                     f"{newest.call.action}: transaction 0x{newest.hash.hex()} did not count within "
                     f"{self._policy.deadline_s:g} s ({last}); it may still be mined, look before sending it anew"
                 )
+            pause = self._policy.poll_s if self._taken_sightings else min(pause * 2, self._policy.poll_s)
             await self._clock.sleep(pause)
-            pause = min(pause * 2, self._policy.poll_s)
 
     async def _look(self) -> Receipt | None:
         sender, newest = self._sender, self._versions[-1]

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from incentives.ledger import ChannelKey, SlotSeen
 from node.chain.reader import BlockRef
-from node.ports import ChainUnavailable, Clock, SlotHandler
+from node.ports import ChainError, Clock, SlotHandler
 from protocol.units import ZERO_ADDRESS, Address, Digest, Wei
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class SlotWatcher:
         self._due: set[ChannelKey] = set()
 
     async def run(self) -> None:
-        """Look, report, sleep, for ever. An unavailable chain only means looking again later."""
+        """Look, report, sleep, for ever. Whatever is wrong with the chain, it only means looking again later."""
         down = False
         while True:
             try:
@@ -68,7 +68,7 @@ class SlotWatcher:
                 if down:
                     _log.info("the chain answers again")
                 down = False
-            except ChainUnavailable as exc:
+            except ChainError as exc:
                 if not down:
                     _log.warning("watching slots is paused: %s", exc)
                 down = True

@@ -348,6 +348,14 @@ async def test_many_transactions_at_once_from_one_wallet_all_count_once(lab: Cha
     assert await node.token_balance(wallet.address) == RICH_TALLY - 36
 
 
+async def test_channels_opened_at_once_do_not_spend_each_other_s_allowance(lab: ChainLab) -> None:
+    user, provider = await lab.account(), secret_of(99).address
+    node, keys = await lab.node(user), [session(i) for i in range(3)]
+    await asyncio.gather(*(node.open_channel(provider, key.secret, Wei(10 * (i + 1))) for i, key in enumerate(keys)))
+    slots = [await node.slot(ChannelKey(provider, key.address)) for key in keys]
+    assert [slot and slot.deposit for slot in slots] == [10, 20, 30]
+
+
 async def test_a_node_without_a_wallet_reads_and_refuses_to_write(lab: ChainLab) -> None:
     node = await lab.node(None)
     assert (await node.head()).timestamp > 0

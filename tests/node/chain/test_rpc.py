@@ -83,6 +83,7 @@ def error(code: int, message: str) -> tuple[int, str]:
         (200, "{}"),
         error(-32005, "daily request count exceeded, request rate limited"),
         error(-32000, "header not found"),
+        error(-32603, "Internal error"),
     ],
 )
 async def test_a_moody_node_is_asked_again_with_growing_pauses(mood: tuple[int, str]) -> None:

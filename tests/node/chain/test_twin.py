@@ -9,10 +9,12 @@ import pytest
 
 from incentives.ledger import ChannelKey
 from node.chain.errors import ContractReverted, NotEnoughTally
+from node.ports import ChainUnavailable
 from protocol.signing import Signer
 from protocol.units import Wei
 from tests.node.chain.helpers import balanced, session, voucher
 from tests.twins.chain_lab import LAB_OPTIONS, AnvilLab, ChainLab, MemoryLab, Node
+from tests.twins.memory_chain import MemoryChain
 
 STEPS = 50
 KEYS = [session(i) for i in range(3)]
@@ -97,3 +99,29 @@ async def test_conservation_holds_at_every_step_of_the_twin(seed: int) -> None:
     life = await Life(MemoryLab(), seed).begin()
     async for _ in life.steps(STEPS):
         await life.books()
+
+
+async def test_one_node_of_the_twin_can_be_down_or_behind_while_others_are_not() -> None:
+    lab = MemoryLab()
+    node, other = MemoryChain(lab.world), MemoryChain(lab.world)
+    lab.world.mine(5)
+    node.lag = 2
+    assert ((await node.head()).number, (await other.head()).number) == (3, 5)
+    node.down = True
+    with pytest.raises(ChainUnavailable):
+        await node.head()
+    assert (await other.head()).number == 5
+    node.down, node.lag = False, 0
+    assert await node.head() == await other.head()
+
+
+async def test_what_the_twin_loses_in_a_reorganisation_can_wait_in_the_pool_again() -> None:
+    lab = MemoryLab()
+    wallet, other = await lab.account(), session(9).address
+    node = await lab.node(wallet)
+    mined = await node.transfer(other, Wei(7))
+    lab.world.reorg(1, repool=True)
+    assert await node.token_balance(other) == 0
+    await lab.mine()
+    assert await node.token_balance(other) == 7
+    assert lab.world.find(mined.transaction) is not None
