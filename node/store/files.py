@@ -55,6 +55,22 @@ def make_private(path: Path) -> None:
         ) from exc
 
 
+def refuse_leftovers(path: Path) -> None:
+    """A journal that is gone while its WAL or its backups are there was lost, and must not be begun anew in silence.
+
+    Raises: StoreError.
+    """
+    wal = path.with_name(f"{path.name}-wal")
+    backups = backups_of(path)
+    left = [wal] if wal.exists() and wal.stat().st_size else backups[-1:]
+    if left:
+        raise StoreError(
+            f"the journal {path} is missing, but {left[0]} is there: starting anew would forget vouchers and what was "
+            f"signed. Put the journal back, or copy the newest backup to {path} and run `tally doctor`; to start anew "
+            f"all the same, move {left[0].name} and {path.parent / 'backups'} aside"
+        )
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable: a new file whose name is lost with the power is no backup."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -155,6 +171,11 @@ def backup(path: Path, to: Path) -> None:
             part.unlink(missing_ok=True)
 
 
+def backups_of(path: Path) -> list[Path]:
+    """The automatic backups of a journal, oldest first."""
+    return sorted((path.parent / "backups").glob(f"{path.stem}-[0-9]*{path.suffix}"))
+
+
 def rotate_backups(path: Path) -> Path:
     """Back up into backups/ beside the journal under the next number, and keep the newest KEEP_BACKUPS.
 
@@ -162,7 +183,7 @@ def rotate_backups(path: Path) -> Path:
     """
     directory = path.parent / "backups"
     make_directory(directory)
-    kept = sorted(directory.glob(f"{path.stem}-[0-9]*{path.suffix}"))
+    kept = backups_of(path)
     last = max((int(file.stem.rpartition("-")[2]) for file in kept), default=0)
     to = directory / f"{path.stem}-{last + 1:06d}{path.suffix}"
     backup(path, to)

@@ -16,7 +16,7 @@ from sqlalchemy.pool import StaticPool
 
 from incentives.ledger import ChannelKey, Record, Role
 from node.ports import ChannelAccount, JobRow, ReceiptRow, SettlementRow, StoreError
-from node.store import apply, files, migrate, read
+from node.store import apply, audit, files, migrate, read
 from node.store.errors import store_errors
 from node.store.writer import Call, Writer
 from protocol.units import JobId
@@ -79,6 +79,8 @@ class SqlStore:
         files.make_directory(self.path.parent)
         self._lock.acquire()
         existed = self.path.exists() and self.path.stat().st_size > 0
+        if not existed:
+            files.refuse_leftovers(self.path)
         files.make_private(self.path)
         if existed:
             files.check(self.path)
@@ -117,10 +119,11 @@ class SqlStore:
         await asyncio.get_running_loop().run_in_executor(None, self._close, reads)
 
     def _close(self, reads: ThreadPoolExecutor) -> None:
+        # First the thread that opens and reads: an `open` that was cancelled may still be at work there.
+        reads.shutdown(wait=True)
         if self._writer is not None:
             self._writer.stop()
             self._writer = None
-        reads.shutdown(wait=True)
         # The writer's connection goes last: the last one to close copies the WAL into the database.
         for engine in reversed(self._engines):
             engine.dispose()
@@ -131,6 +134,10 @@ class SqlStore:
         """Copy the journal as of now to `to`, without stopping writers. Raises: StoreError."""
         self._opened()
         await asyncio.get_running_loop().run_in_executor(None, files.backup, self.path, to)
+
+    async def inconsistencies(self) -> list[str]:
+        """What does not add up when the journal is counted again, one line each (node.store.audit)."""
+        return await self._read(audit.inconsistencies)
 
     # ------------------------------------------------------------------------------------------------------- writing
 

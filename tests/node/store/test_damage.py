@@ -87,6 +87,52 @@ async def test_an_empty_file_is_a_new_journal(tmp_path: Path) -> None:
     assert not (tmp_path / "backups").exists(), "there was nothing to keep"
 
 
+async def test_a_lost_journal_is_not_begun_anew_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    await _written(path)
+    for lose in (path.unlink, path.touch, lambda: (tmp_path / "journal.db-wal").write_bytes(b"x")):
+        lose()
+        with pytest.raises(StoreError, match=r"is missing, but .* is there"):
+            await SqlStore(path).open()
+    assert (tmp_path / "journal.db-wal").read_bytes() == b"x"
+    (tmp_path / "journal.db-wal").unlink()
+    (tmp_path / "backups").rename(tmp_path / "aside")
+    store = SqlStore(path)
+    await store.open()
+    await store.close()
+
+
+async def test_what_does_not_add_up_is_found(sql: SqlStore) -> None:
+    for call in s.one_of_each():
+        await sql.write(*call)
+    assert await sql.inconsistencies() == []
+    changes = {
+        "S1": "UPDATE job SET owed = '00000000000000000000000000121' WHERE role = 'provider'",
+        "S2": "UPDATE channel SET owed = '00000000000000000000000000007' WHERE role = 'client'",
+        "S3": "UPDATE channel SET voucher_signature = x'00' WHERE role = 'provider'",
+        "S4": "DELETE FROM receipt WHERE step = 1",
+    }
+    with sqlite3.connect(sql.path) as other:
+        for number, (name, change) in enumerate(changes.items(), 1):
+            other.execute(change)
+            other.commit()
+            found = await sql.inconsistencies()
+            assert {line[:2] for line in found} >= set(list(changes)[:number]), name
+    other.close()
+
+
+async def test_a_cancelled_open_lets_go_of_the_file(tmp_path: Path) -> None:
+    store = SqlStore(tmp_path / "journal.db")
+    task = asyncio.create_task(store.open())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await store.open()
+    await store.write(s.slot())
+    await store.close()
+
+
 async def test_a_directory_in_its_place_and_a_data_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "journal.db").mkdir()
     with pytest.raises(StoreError, match="cannot be opened"):

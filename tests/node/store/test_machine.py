@@ -155,6 +155,7 @@ class Histories(RuleBasedStateMachine):
                 assert account.vouched == self.promised.get((role, of), 0)
                 assert account.vouched >= self.seen.get((role, of), 0), "what was vouched fell"
                 self.seen[role, of] = account.vouched
+        assert self._run(self.sql.inconsistencies()) == []
         assert self._run(self.sql.receipts()) == self._run(self.memory.receipts())
         assert self._run(self.sql.settlements()) == self._run(self.memory.settlements())
 
