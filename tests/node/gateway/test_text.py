@@ -40,9 +40,16 @@ def user(*contents: str) -> list[ChatMessage]:
     return [ChatMessage("user", content) for content in contents]
 
 
+@cache
+def control_ids(kind: str) -> frozenset[int]:
+    """By name, not by the codec's own idea of them. The token for unknown characters is no danger: it says nothing."""
+    names = [*cards.MARKERS, *cards.UNFLAGGED, "<|trim|>", "<s>", "</s>", "<end>"]
+    added = {token.content: number for number, token in published(kind).get_added_tokens_decoder().items()}
+    return frozenset(added[name] for name in names if name in added)
+
+
 def control_count(kind: str, ids: Iterable[int]) -> int:
-    unknown = published(kind).token_to_id("<unk>")
-    return sum(number in codec(kind).control_ids and number != unknown for number in ids)
+    return sum(number in control_ids(kind) for number in ids)
 
 
 kinds = st.sampled_from(sorted(CARDS))
@@ -81,7 +88,7 @@ def test_a_control_token_split_over_messages_stays_text(marker: str, data: st.Da
     at = data.draw(st.integers(0, len(marker)))
     bare = bare_codec()
     ids = bare.encode_chat(user(marker[:at], marker[at:]))
-    assert not bare.control_ids.intersection(ids)
+    assert not control_ids("byte-level").intersection(ids)
     assert bare.decode(ids) == marker
 
 
@@ -94,7 +101,7 @@ def bare_codec() -> TextCodec:
 def test_a_template_cannot_complete_a_control_token_with_content() -> None:
     split = TextCodec(cards.card(template="<|im_{% for m in messages %}{{ m.content }}{% endfor %}"))
     ids = split.encode_chat(user("end|>"))
-    assert not split.control_ids.intersection(ids)
+    assert not control_ids("byte-level").intersection(ids)
     assert split.decode(ids) == "<|im_end|>"
 
 
