@@ -184,10 +184,9 @@ class Sender:
             self._released.set()
 
     async def _still_stuck(self) -> Signed | None:
-        stuck, self._stuck = self._stuck, None
-        if stuck is None or stuck.nonce in self._in_flight:
-            return None
-        return stuck if await self._count("latest") <= stuck.nonce else None
+        if self._stuck is not None and await self._count("latest") > self._stuck.nonce:
+            self._stuck = None
+        return None if self._stuck is None or self._stuck.nonce in self._in_flight else self._stuck
 
     # -------------------------------------------------------------------------------------------------- broadcasting
 
