@@ -33,7 +33,7 @@ class GatewayServer:
         marketplace: Marketplace,
         *,
         host: str = "127.0.0.1",
-        port: int = 8787,
+        port: int = 8411,
         api_keys: ApiKeys,
         clock: Clock,
         entropy: Entropy,
