@@ -41,7 +41,18 @@ CONTENT_FIELDS: Final = frozenset(
 SECRET_FIELDS: Final = frozenset({"authorization", "api_key", "password", "secret", "private_key", "cookie"})
 """Names under which credentials travel; compared in lower case."""
 
-NOISY: Final = ("asyncio", "aiohttp", "httpcore", "httpx", "libp2p", "multiaddr", "sqlalchemy", "urllib3", "web3")
+NOISY: Final = (
+    "aiohttp",
+    "alembic",
+    "asyncio",
+    "httpcore",
+    "httpx",
+    "libp2p",
+    "multiaddr",
+    "sqlalchemy",
+    "urllib3",
+    "web3",
+)
 """Loggers of libraries that are kept at WARNING: their debug output holds request bodies and raw transactions."""
 
 _SHORTEST: Final = 8

@@ -1,0 +1,142 @@
+"""Conservation, checked to the wei: what the client promised, the providers hold, and the chain paid must agree.
+
+Reads the journals of stopped nodes and the contracts; nothing here is told by the nodes themselves while they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from incentives.ledger import ChannelKey, Role
+from node.chain.chain import Web3Chain
+from node.ports import SettlementRow, Store
+from node.store.store import SqlStore
+from protocol.units import Address, Wei
+
+EVERYTHING = 1_000_000
+"""Row limit of reads that must see all rows; a devnet has thousands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Party:
+    """One line of the table. Amounts in wei of TALLY, `gas_wei` in wei of the chain's coin."""
+
+    name: str
+    role: str
+    tokens: int
+    earned: int
+    paid: int
+    gas: int
+    gas_wei: int
+
+
+@dataclass(slots=True)
+class Audit:
+    """The figures of one run, and every sum that did not come out (`broken`, empty when conservation holds)."""
+
+    settled_wei: int = 0
+    paid_wei: int = 0
+    protocol_fee_wei: int = 0
+    gas: int = 0
+    pairs: int = 0
+    receipts_signed: int = 0
+    receipts_acknowledged: int = 0
+    lost_wei: int = 0
+    jobs_closed: int = 0
+    jobs_open: int = 0
+    parties: list[Party] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+    def check(self, what: str, left: int, right: int) -> None:
+        """Keep the sentence when the two sides differ."""
+        if left != right:
+            self.broken.append(f"{what}: {left} is not {right} (difference {left - right} wei)")
+
+
+async def audit_market(
+    chain: Web3Chain, providers: Sequence[tuple[str, Path, Address]], client_name: str, client_home: Path
+) -> Audit:
+    """Compare the books of one client and its providers with the chain. All nodes must be stopped.
+
+    `providers`: name, home, wallet. A voucher that a kill -9 took before its provider had it on disk is the one sum
+    that may differ: it is counted in `lost_wei`, the provider's loss of at most one increment for each such kill.
+    Raises: StoreError, ChainError.
+    """
+    audit = Audit()
+    store = SqlStore(client_home / "journal.db")
+    await store.open()
+    try:
+        accounts = {account.key.provider: account for account in await store.accounts(Role.CLIENT)}
+        jobs = await store.jobs(Role.CLIENT, limit=EVERYTHING)
+        finals = await store.receipts(role=Role.CLIENT, final_only=True, limit=EVERYTHING)
+    finally:
+        await store.close()
+    audit.paid_wei = sum(account.vouched for account in accounts.values())
+    audit.jobs_closed = sum(job.closed is not None for job in jobs)
+    audit.jobs_open = sum(job.closed is None for job in jobs)
+    audit.check("the client's promises against its jobs' totals", audit.paid_wei, sum(job.owed for job in jobs))
+    audit.check("the client's jobs still open", audit.jobs_open, 0)
+    escrow = 0
+    for name, home, wallet in providers:
+        account = accounts.get(wallet)
+        if account is not None:
+            slot = await chain.slot(ChannelKey(wallet, account.key.client))
+            assert slot is not None
+            escrow += slot.deposit - slot.claimed
+            audit.check(
+                f"claimed from the channel with {name} against what was promised", slot.claimed, account.vouched
+            )
+        escrow += await _audit_provider(audit, chain, name, home, wallet)
+    escrow += audit.protocol_fee_wei
+    held = await chain.token_balance(chain.domain.verifying_contract)
+    audit.check("TALLY held by the escrow against deposits, earnings and fees", held, escrow)
+    audit.check("settled and lost to kills against promised", audit.settled_wei + audit.lost_wei, audit.paid_wei)
+    prompt_and_output = sum(row.receipt.completion_tokens for row in finals)
+    audit.parties.append(Party(client_name, "client", prompt_and_output, 0, audit.paid_wei, 0, 0))
+    return audit
+
+
+async def _audit_provider(audit: Audit, chain: Web3Chain, name: str, home: Path, wallet: Address) -> Wei:
+    """Add one provider's books to the audit; returns what it earned and has not collected."""
+    store = SqlStore(home / "journal.db")
+    await store.open()
+    try:
+        receipts = await store.receipts(role=Role.PROVIDER, limit=EVERYTHING)
+        settlements = await store.settlements(limit=EVERYTHING)
+        jobs = await store.jobs(Role.PROVIDER, limit=EVERYTHING)
+        tokens = await _tokens_paid(store)
+        held = {account.key.client: account.vouched for account in await store.accounts(Role.PROVIDER)}
+    finally:
+        await store.close()
+    for session, vouched in held.items():
+        slot = await chain.slot(ChannelKey(wallet, session))
+        audit.check(f"{name}: claimed against the highest voucher it holds", slot.claimed if slot else 0, vouched)
+    mined = [row for row in settlements if row.state == "mined"]
+    paid, fee, gas = _sums(mined)
+    earned = await chain.earned(wallet)
+    audit.check(f"{name}: earned on chain against settled less fee", earned, paid - fee)
+    audit.check(f"{name}: jobs still open", sum(job.closed is None for job in jobs), 0)
+    audit.settled_wei += paid
+    audit.protocol_fee_wei += fee
+    audit.gas += gas
+    audit.pairs += sum(len(row.vouchers) for row in mined)
+    audit.receipts_signed += len(receipts)
+    audit.receipts_acknowledged += sum(row.voucher is not None or bool(row.ack_signature) for row in receipts)
+    audit.parties.append(Party(name, "provider", tokens, earned, 0, gas, sum(row.gas_wei for row in mined)))
+    return earned
+
+
+def _sums(mined: Sequence[SettlementRow]) -> tuple[int, int, int]:
+    return sum(row.paid for row in mined), sum(row.fee for row in mined), sum(row.gas for row in mined)
+
+
+async def _tokens_paid(store: Store) -> int:
+    """Output tokens of each job's last acknowledged receipt."""
+    last: dict[bytes, int] = {}
+    for row in await store.receipts(role=Role.PROVIDER, limit=EVERYTHING):
+        if row.voucher is not None or row.ack_signature:
+            job = row.receipt.job_id
+            last[job] = max(last.get(job, 0), row.receipt.completion_tokens)
+    return sum(last.values())

@@ -1,0 +1,254 @@
+"""`tally devnet up|demo|status|down`: a market on one's own machine, and the demo of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from devnet.cluster import Cluster
+    from devnet.demo import DemoResult
+
+T = TypeVar("T")
+
+DEFAULT_HOME: Final = Path(".devnet")
+
+
+@click.group()
+def devnet() -> None:
+    """A whole market on this machine: chain, contracts, two providers, a gateway. Test money, loopback only."""
+
+
+_home = click.option(
+    "--home",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DEFAULT_HOME,
+    show_default=True,
+    help="Directory for chain, keys and journals; made afresh at each start.",
+)
+
+
+@devnet.command()
+@_home
+@click.option("--providers", type=click.IntRange(1, 8), default=2, show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8411, show_default=True, help="Gateway; 0 takes any.")
+@click.option("--model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Model directory.")
+def up(home: Path, providers: int, port: int, model: Path | None) -> None:
+    """Start everything and keep it running until Ctrl-C; prints URL, key and a curl line."""
+    from devnet.cluster import MODEL_DIR, Cluster, ClusterOptions
+
+    _refuse_second(home)
+    options = ClusterOptions(home.absolute(), providers, gateway_port=port, model_dir=(model or MODEL_DIR).absolute())
+    click.echo("starting chain, contracts, providers and gateway ...", err=True)
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        starting = asyncio.create_task(_enter(Cluster(options)))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await starting
+            return
+        cluster = starting.result()
+        try:
+            _announce(cluster)
+            await stop.wait()
+            click.echo("stopping: jobs are ended, vouchers settled ...", err=True)
+        finally:
+            await cluster.__aexit__(None, None, None)
+
+    asyncio.run(serve())
+    click.echo("stopped; no process is left", err=True)
+
+
+async def _enter(cluster: Cluster) -> Cluster:
+    return await cluster.__aenter__()
+
+
+def _announce(cluster: Cluster) -> None:
+    """Tell the person, and `status` and `down` by a file."""
+    from devnet.cluster import MODEL_NAME
+
+    facts = {
+        "pid": os.getpid(),
+        "url": cluster.url,
+        "rpc_url": cluster.anvil.rpc_url,
+        "processes": {node.name: node.pid for node in (*cluster.providers, cluster.gateway)},
+    }
+    (cluster.home / "devnet.json").write_text(json.dumps(facts, indent=1) + "\n")
+    click.echo(f"URL  {cluster.url}\nKEY  {cluster.api_key}\nRPC  {cluster.anvil.rpc_url}\n")
+    click.echo(
+        f"curl {cluster.url}/chat/completions -H 'Authorization: Bearer {cluster.api_key}' \\\n"
+        "  -H 'Content-Type: application/json' \\\n"
+        f'  -d \'{{"model": "{MODEL_NAME}", "messages": [{{"role": "user", "content": "Define the word river."}}]}}\''
+    )
+    click.echo("\nCtrl-C ends it.", err=True)
+
+
+def _facts(home: Path) -> dict[str, Any] | None:
+    """What a running devnet of this home wrote, or None when there is none or it is dead."""
+    try:
+        facts: dict[str, Any] = json.loads((home / "devnet.json").read_text())
+        os.kill(facts["pid"], 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    return facts
+
+
+def _refuse_second(home: Path) -> None:
+    facts = _facts(home)
+    if facts is not None:
+        raise click.ClickException(
+            f"a devnet already runs in {home} (process {facts['pid']}); `tally devnet down --home {home}` ends it"
+        )
+
+
+@devnet.command()
+@_home
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def status(home: Path, as_json: bool) -> None:
+    """Say whether a devnet runs, where, and what its nodes say."""
+    facts = _facts(home)
+    if facts is None:
+        click.echo(
+            json.dumps({"running": False}) if as_json else f"no devnet runs in {home}; `tally devnet up` starts one"
+        )
+        sys.exit(1)
+    alive = {name: _alive(pid) for name, pid in facts["processes"].items()}
+    if as_json:
+        click.echo(json.dumps({"running": True, **facts, "alive": alive}))
+        return
+    click.echo(f"devnet of process {facts['pid']} at {facts['url']}, chain at {facts['rpc_url']}")
+    for name, is_alive in alive.items():
+        click.echo(f"  {name:12} process {facts['processes'][name]}: {'runs' if is_alive else 'is gone'}")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+@devnet.command()
+@_home
+def down(home: Path) -> None:
+    """End the devnet that runs in another terminal, in order: it settles first."""
+    from devnet.processes import STOP_SECONDS, wait_gone
+
+    facts = _facts(home)
+    if facts is None:
+        click.echo(f"no devnet runs in {home}")
+        return
+    os.kill(facts["pid"], signal.SIGTERM)
+    if not wait_gone(facts["pid"], 3 * STOP_SECONDS):
+        raise click.ClickException(
+            f"process {facts['pid']} did not end; `kill -9 {facts['pid']}` ends it and all nodes"
+        )
+    click.echo("stopped")
+
+
+@devnet.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+@click.option("--home", type=click.Path(path_type=Path, file_okay=False), help="Keep chain, journals and logs there.")
+def demo(as_json: bool, home: Path | None) -> None:
+    """Run 24 jobs, hang up on one, kill a provider in the middle of another, settle, and check every wei."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="tally-demo-") as scratch:
+        result = _run_demo((home or Path(scratch) / "market").absolute(), as_json)
+    if as_json:
+        click.echo(json.dumps(_as_json(result)))
+    else:
+        _print_result(result)
+    if not (result.conservation_ok and result.failover_text_identical and result.jobs_failed == 0):
+        sys.exit(1)
+
+
+def _as_json(result: DemoResult) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(result)
+
+
+def _run_demo(home: Path, as_json: bool) -> DemoResult:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from devnet.demo import JOBS, Demo
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=as_json) as progress:
+        task = progress.add_task("jobs", total=JOBS)
+        demo = Demo(
+            home,
+            lambda line: progress.console.print(f"[bold]>[/bold] {line}") if not as_json else None,
+            lambda done: progress.update(task, completed=done),
+        )
+        return asyncio.run(_interruptible(demo.run()))
+
+
+async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """Ctrl-C and SIGTERM cancel the work, whose contexts then stop every process."""
+    task = asyncio.ensure_future(work)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        click.echo("interrupted; every process was stopped", err=True)
+        sys.exit(130)
+
+
+def _print_result(result: DemoResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from node.cli.money import tally
+
+    console = Console()
+    table = Table(title="Who served, earned and paid")
+    for column in ("party", "role", "tokens", "earned TALLY", "paid TALLY", "gas"):
+        table.add_column(column, justify="left" if column in ("party", "role") else "right")
+    for party in result.parties:
+        table.add_row(
+            party["name"],
+            party["role"],
+            f"{party['tokens']:,}",
+            tally(party["earned"]),
+            tally(party["paid"]),
+            f"{party['gas']:,}" if party["gas"] else "",
+        )
+    table.add_row("protocol", "burned", "", tally(result.protocol_fee_wei), "", "")
+    console.print(table)
+    console.print(
+        f"{result.jobs_ok} jobs ended well, {result.jobs_cancelled} hung up, {result.jobs_failed} failed;"
+        f" {result.prompt_tokens:,} prompt and {result.completion_tokens:,} output tokens"
+    )
+    console.print(
+        f"{result.receipts_signed} receipts signed, {result.receipts_acknowledged} acknowledged;"
+        f" {tally(result.settled_wei)} TALLY settled at {result.gas_per_pair:,} gas a pair"
+    )
+    _verdict(console, "every wei accounted for", result.conservation_ok)
+    _verdict(console, "the text of the killed stream equals the undisturbed one", result.failover_text_identical)
+    for problem in result.problems:
+        console.print(f"  [red]{problem}[/red]")
+    console.print(f"{result.seconds:.1f} s")
+
+
+def _verdict(console: Any, what: str, good: bool) -> None:
+    console.print(f"[{'green' if good else 'red'}]{'yes' if good else 'NO '}[/] {what}")

@@ -1,0 +1,5 @@
+"""`python -m node` is `tally`."""
+
+from node.cli.main import main
+
+main()
