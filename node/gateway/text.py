@@ -32,11 +32,6 @@ MAX_RENDERED_CHARS: Final = 16 << 20
 """Bound on a rendered prompt, contents left out of the count. Unit: characters. A template comes from a stranger's
 model card; without a bound one that loops could fill this machine's memory. Doubled, it could fill twice as much."""
 
-SPECIAL_TOKEN_POLICY: Final = (
-    "tally-special-tokens-1: control tokens come from the chat template only; contents never spell one"
-)
-"""The rule this module keeps, as text: what decides which ids a prompt becomes, and so what it costs."""
-
 
 class TemplateRefused(TallyError):
     """The model's chat template does not accept these messages; nothing was sent or paid."""
