@@ -1,0 +1,273 @@
+"""What a node answers at its control socket besides `status`: its journal and its view of the market, as JSON.
+
+The same functions serve a command that opens the journal itself because no node runs, so a command does not care which
+of the two it is. Amounts are decimal strings of wei, digests 0x-hexadecimal, times Unix milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from incentives.ledger import Role
+from node.cli.failures import CommandFailed
+from node.ports import Chain, ChainError, JobRow, MarketEntry, Marketplace, ReceiptRow, Store
+from protocol.bundle import Bundle, Notch
+from protocol.bundle_json import decode, encode
+from protocol.eip712 import Domain, digest
+from protocol.messages import Tariff
+from protocol.packing import packed_size, unpack
+from protocol.signing import recover_digest
+from protocol.units import ZERO_ADDRESS, Address, FinishReason, JobId
+
+if TYPE_CHECKING:
+    from node.cli.session import Session
+    from node.config import NodeConfig
+
+Route = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+STAKES_SHOWN: Final = 64
+"""Providers whose stake a market answer looks up. Unit: providers, one RPC call each; more would make it slow."""
+
+
+def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
+    """`receipts`, `bundle`, `job` and `facts`, answered from one journal."""
+
+    async def receipts(params: dict[str, Any]) -> dict[str, Any]:
+        role = Role(params["role"]) if params.get("role") else None
+        rows = await store.receipts(role=role, final_only=bool(params.get("final", True)), limit=int(params["limit"]))
+        models: dict[bytes, str] = {}
+        for row in rows:
+            job_id = bytes(row.receipt.job_id)
+            if job_id not in models:
+                job = await store.job(JobId(job_id))
+                models[job_id] = job.model if job is not None else ""
+        return {"receipts": [_receipt_json(row, models[bytes(row.receipt.job_id)]) for row in rows]}
+
+    async def bundle(params: dict[str, Any]) -> dict[str, Any]:
+        row = await _find(store, str(params["digest"]))
+        job = await store.job(JobId(row.receipt.job_id))
+        if job is None:
+            raise CommandFailed(
+                f"the journal has receipt {_hex(row.digest)} but not its job", kept="nothing was changed"
+            )
+        made = await assemble(store, domain, job, row.role)
+        return {"role": row.role.value, "model": job.model, "digest": _hex(row.digest), "bundle": encode(made)}
+
+    async def job(params: dict[str, Any]) -> dict[str, Any]:
+        found = await store.job(JobId(bytes.fromhex(str(params["job_id"]).removeprefix("0x"))))
+        return {"job": None if found is None else await _job_json(store, found)}
+
+    async def facts(_: dict[str, Any]) -> dict[str, Any]:
+        return await journal_facts(store)
+
+    return {"receipts": receipts, "bundle": bundle, "job": job, "facts": facts}
+
+
+def market_routes(marketplace: Marketplace, chain: Chain) -> dict[str, Route]:
+    """`market`, answered by a running client."""
+
+    async def market(params: dict[str, Any]) -> dict[str, Any]:
+        entries = [entry for entry in await marketplace.market() if params.get("model") in (None, entry.model)]
+        return {"offers": await offers_json(entries, chain)}
+
+    return {"market": market}
+
+
+# ------------------------------------------------------------------------------------------------------------- journal
+
+
+async def ask(session: Session, config: NodeConfig, route: str, **params: Any) -> dict[str, Any]:
+    """Answer a journal route: by the node that runs in this home, else from the journal itself.
+
+    Raises: ControlRefused, StoreError, ChainError; CommandFailed when there is no journal.
+    """
+    from node.gateway.control import ControlUnavailable
+
+    try:
+        return await session.control().call(route, **params)
+    except ControlUnavailable:
+        pass
+    if not config.journal.exists():
+        raise CommandFailed(
+            f"there is no journal in {config.home}: nothing was sold or bought from here yet",
+            do="`tally provider run` or `tally run` starts one; --home names another home",
+        )
+    from node.app import journal
+
+    async with journal(config) as store:
+        return await journal_routes(store, domain_of(config))[route](params)
+
+
+def domain_of(config: NodeConfig) -> Domain:
+    """The domain this home's documents are signed under. Raises: ChainError."""
+    from node.chain.deployment import Deployment
+
+    return Deployment.load(config.chain.deployment).domain
+
+
+async def _find(store: Store, prefix: str) -> ReceiptRow:
+    """The receipt whose digest begins so. Raises: CommandFailed, StoreError (several do)."""
+    digits = prefix.removeprefix("0x").lower()
+    try:
+        # The store looks up whole bytes; a last odd digit is compared afterwards.
+        wanted = bytes.fromhex(digits[: len(digits) // 2 * 2])
+        row = await store.receipt(wanted) if 1 <= len(wanted) <= 32 else None
+    except ValueError:
+        row = None
+    if row is None or not row.digest.hex().startswith(digits):
+        raise CommandFailed(
+            f"no receipt's digest begins with {prefix!r}",
+            kept="nothing was changed",
+            do="`tally receipts list` shows the digests; give at least the first two digits",
+        )
+    return row
+
+
+async def assemble(store: Store, domain: Domain, job: JobRow, role: Role) -> Bundle:
+    """All documents of one job as this journal holds them. Raises: StoreError."""
+    tariff, tariff_signature = await _tariff(store, job.request.tariff_hash)
+    notches = tuple(
+        Notch(
+            digest=row.digest,
+            receipt=row.receipt,
+            receipt_signature=row.receipt_signature,
+            voucher=row.voucher,
+            voucher_signature=row.voucher_signature,
+            ack_signature=row.ack_signature,
+            token_ids=row.token_ids,
+        )
+        for row in await store.receipts(role=role, job_id=job.job_id, limit=1 << 16)
+    )
+    # The client checked this signature against the offer's node key before it journaled it; the provider made it.
+    node_key = recover_digest(digest(domain, job.accept), job.accept_signature) or ZERO_ADDRESS
+    return Bundle(
+        domain=domain,
+        node_key=node_key,
+        request=job.request,
+        request_signature=job.request_signature,
+        accept=job.accept,
+        accept_signature=job.accept_signature,
+        tariff=tariff,
+        tariff_signature=tariff_signature,
+        notches=notches,
+    )
+
+
+async def _tariff(store: Store, tariff_hash: bytes) -> tuple[Tariff | None, bytes]:
+    kept = await store.get_value(f"tariff/{tariff_hash.hex()}")
+    size = packed_size(Tariff)
+    if kept is None or len(kept) != size + 65:
+        return None, b""
+    return unpack(Tariff, kept[:size]), kept[size:]
+
+
+def bundle_of(answer: dict[str, Any]) -> Bundle:
+    """The bundle of a `bundle` answer. Raises: MalformedBundle."""
+    return decode(str(answer["bundle"]))
+
+
+async def _job_json(store: Store, job: JobRow) -> dict[str, Any]:
+    rows = await store.receipts(role=job.role, job_id=job.job_id, limit=1 << 16)
+    last = rows[-1] if rows else None
+    return {
+        "job_id": _hex(job.job_id),
+        "role": job.role.value,
+        "model": job.model,
+        "provider": _hex(job.request.provider),
+        "steps": job.steps,
+        "owed_wei": str(job.owed),
+        "closed": None if job.closed is None else job.closed.name.lower(),
+        "detail": job.detail,
+        "completion_tokens": last.receipt.completion_tokens if last is not None else 0,
+        "receipt": _hex(last.digest) if last is not None else None,
+    }
+
+
+def _receipt_json(row: ReceiptRow, model: str) -> dict[str, Any]:
+    receipt = row.receipt
+    return {
+        "digest": _hex(row.digest),
+        "role": row.role.value,
+        "model": model,
+        "job_id": _hex(receipt.job_id),
+        "step": receipt.step,
+        "final": receipt.is_final,
+        "at_ms": receipt.finished_at or receipt.first_token_at or receipt.received_at,
+        "provider": _hex(receipt.provider),
+        "client": _hex(receipt.client),
+        "prompt_tokens": receipt.prompt_tokens,
+        "cached_tokens": receipt.cached_tokens,
+        "completion_tokens": receipt.completion_tokens,
+        "finish": FinishReason(receipt.finish_reason).name.lower(),
+        "total_wei": str(receipt.total),
+        "signatures": {
+            "receipt": bool(row.receipt_signature) or row.role is Role.PROVIDER,
+            "voucher": row.voucher is not None and (bool(row.voucher_signature) or row.role is Role.CLIENT),
+            "ack": bool(row.ack_signature) or (row.role is Role.CLIENT and receipt.is_final),
+        },
+    }
+
+
+async def journal_facts(store: Store) -> dict[str, Any]:
+    """What the journal knows without a node: open jobs, channels, money."""
+    out: dict[str, Any] = {}
+    for role in Role:
+        accounts = [account for account in await store.accounts(role) if account.owed or account.vouched]
+        if accounts:
+            out[role.value] = {
+                "channels": len(accounts),
+                "open_jobs": len(await store.jobs(role, open_only=True)),
+                "vouched_wei": str(sum(account.vouched for account in accounts)),
+                "claimed_wei": str(sum(account.claimed for account in accounts)),
+            }
+    last = await store.receipts(final_only=True, limit=1)
+    out["last_receipt"] = _receipt_json(last[0], "") if last else None
+    out["settlements_open"] = len(await store.settlements(state="sent"))
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- market
+
+
+async def offers_json(entries: list[MarketEntry], chain: Chain) -> list[dict[str, Any]]:
+    """Offers as JSON. `stake_wei` None: not known now."""
+    wallets = list(dict.fromkeys(entry.provider for entry in entries))[:STAKES_SHOWN]
+    stakes = dict(zip(wallets, await asyncio.gather(*(_stake(chain, wallet) for wallet in wallets)), strict=True))
+    return [_offer_json(entry, stakes.get(entry.provider)) for entry in entries]
+
+
+async def _stake(chain: Chain, wallet: Address) -> int | None:
+    try:
+        async with asyncio.timeout(3):
+            record = await chain.provider(wallet)
+    except (ChainError, TimeoutError):
+        return None
+    return None if record is None else record.stake
+
+
+def _offer_json(entry: MarketEntry, stake: int | None) -> dict[str, Any]:
+    tariff = entry.tariff
+    return {
+        "model": entry.model,
+        "provider": _hex(entry.provider),
+        "peer_id": entry.peer_id,
+        "prompt_wei": str(tariff.prompt_price),
+        "cached_wei": str(tariff.cached_price),
+        "completion_wei": str(tariff.completion_price),
+        "reasoning_wei": str(tariff.reasoning_price),
+        "per_request_wei": str(tariff.per_request),
+        "tier_bps": {"flex": tariff.flex_bps, "standard": tariff.standard_bps, "priority": tariff.priority_bps},
+        "slots": entry.slots,
+        "load_bps": entry.load_bps,
+        "max_context": entry.max_context,
+        "max_output": entry.max_output,
+        "region": entry.region,
+        "stake_wei": None if stake is None else str(stake),
+        "expires_at": entry.expires_at,
+    }
+
+
+def _hex(value: bytes) -> str:
+    return "0x" + value.hex()
