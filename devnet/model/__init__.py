@@ -1,0 +1,1 @@
+"""The demo model: how its corpus is gathered, how it is trained, and the weights themselves."""
