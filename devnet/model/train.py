@@ -41,8 +41,8 @@ VOCABULARY = 4096  # a quarter of the parameters is the embedding; doubled, it i
 POSITIONS = 2048  # rotary positions that a request may use; the text below was seen at up to LONG_CONTEXT
 
 SHORT_CONTEXT, LONG_CONTEXT = 256, 512
-LONG_FROM = 0.7  # share of the time after which the long windows begin: a third slower per token, learnt quickly
-STEP_TOKENS = 3072  # tokens a step; Muon's own work is a sixth of it; doubled, twenty minutes hold too few steps
+LONG_FROM = 0.7  # share of the time after which the long windows begin: a fifth slower per token
+STEP_TOKENS = 3072  # tokens a step; Muon's own work is a tenth to a fifth of it, more if smaller
 
 MUON_RATE, ADAM_RATE = 0.02, 0.004
 WARM_UP, FLOOR = 0.03, 0.02  # share of the time; share of the top rate left at the end
