@@ -254,6 +254,7 @@ def encode(frame: Frame) -> bytes:
 
 def decode(data: bytes) -> Frame:
     """Raises: MalformedFrame."""
+    # SPEC 3.2: a malformed frame costs the sender its stream
     try:
         frame: Frame = _frame_decoder.decode(data)
     except (msgspec.DecodeError, RecursionError, OverflowError, UnicodeDecodeError) as exc:

@@ -48,6 +48,7 @@ class Signer:
 
 def recover_digest(message_digest: Digest, signature: bytes) -> Address | None:
     """Address that signed, or None for a malformed or malleable signature."""
+    # SPEC 1.5: s in the lower half of the order; any other form is refused
     if len(signature) != 65 or signature[64] not in (27, 28):
         return None
     if int.from_bytes(signature[32:64], "big") > _HALF_ORDER:

@@ -124,6 +124,7 @@ def cost_up(
     reasoning_line = usage.reasoning * tariff.reasoning_price
     multiplier = multiplier_of(tariff, tier, usage.prompt, private=private)
     lines = prompt_line + cached_line + completion_line + reasoning_line
+    # SPEC 5.1: there is one rounding, up, per receipt
     metered = -(-multiplier * lines // MULTIPLIER_ONE)
     missed = missed_deadline or promise_missed(tariff, tier, timing, usage.completion)
     refund = metered * tier_terms(tariff, tier)[3] // BPS if missed else 0

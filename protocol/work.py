@@ -187,6 +187,7 @@ def check_receipt(domain: Domain, work: Work, claimed: WorkReceipt, now_ms: int)
 
     `now_ms`: our clock. Raises: ReceiptMismatch naming the first field that differs, RemoteProtocolError.
     """
+    # SPEC 4.4: The client recomputes every field of a receipt from its own account of the stream
     after, expected = derive_expected(work, claimed, now_ms)
     for item in fields(WorkReceipt):
         if getattr(claimed, item.name) != getattr(expected, item.name):

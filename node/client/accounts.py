@@ -139,6 +139,7 @@ class Accounts:
             change = ActionVouch(job_id, before, Wei(receipt.total))
             step = apply(self.channel(provider), change)
             voucher = self._voucher(provider, step.effects)
+            # SPEC 4.5: The client writes a checked receipt and the voucher's amount to disk and syncs before it signs
             await self._store.write(ReceiptVouched(receipt_digest, receipt, receipt_signature, voucher, token_ids))
             reserved = self.channel(provider).reserved.get(job_id, Wei(0))
             left = Wei(max(0, reserved - (receipt.total - before)))

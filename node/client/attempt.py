@@ -104,6 +104,7 @@ class Attempt:
 
     async def quote(self, prompt_tokens: int, max_tokens: int) -> None:
         """Ask for a quote. Raises: Refused, StreamEnded, RemoteProtocolError."""
+        # SPEC 1.2: A client that reaches another key than the one that signed the offer hangs up.
         if self.talk.stream.peer_address != self.offer.node_key:
             raise RemoteProtocolError("the peer at the offer's address holds another key than the one that signed it")
         await self.talk.send(

@@ -44,6 +44,7 @@ async def fetch_card(transport: Transport, offer: CheckedOffer) -> ModelCard:
 
 def check_card(offer: CheckedOffer, head: CardHead, tokenizer_json: bytes) -> ModelCard:
     """Raises: RemoteProtocolError naming the part that does not match its hash."""
+    # SPEC 7.1: A client believes it only by the hashes in the profile
     profile = unpack(Profile, head.profile)
     if hash_struct(profile) != offer.offer.profile_id:
         raise RemoteProtocolError("the card's profile is not the one the offer signed")

@@ -232,6 +232,7 @@ class Router:
 
         Raises: JobFailed when a repeated token differs: what was shown cannot be taken back.
         """
+        # SPEC 4.10: Tokens that were delivered and not acknowledged come again and are compared
         repeated = progress.delivered[at : at + len(event.token_ids)]
         if tuple(repeated) != event.token_ids[: len(repeated)]:
             raise JobFailed(

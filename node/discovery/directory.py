@@ -102,6 +102,7 @@ class OfferDirectory:
         known = self._book.get(provider)
         if provider == self._own or (known is not None and known.offer.sequence >= checked.offer.sequence):
             return False
+        # SPEC 6.2: its node key is registered on chain to its wallet with stake
         if await self._wallet_of(checked.node_key) != provider:
             raise RemoteProtocolError("the offer's node key is not registered to its wallet, or the stake is too low")
         if not await self._is_logged(checked):

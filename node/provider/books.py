@@ -103,6 +103,7 @@ class Books:
             raise RemoteProtocolError("the voucher is for another provider")
         verify(self._chain.domain, voucher, signature, client)
         async with self._lock(client):
+            # SPEC 4.6: refuses one above the confirmed deposit and one that does not cover what it acknowledges
             change = ReceiveVoucher(job_id, before, after, Wei(voucher.cumulative))
             apply(self.channel(client), change)
             await self._store.write(VoucherReceived(client, job_id, step, voucher, signature))

@@ -161,6 +161,7 @@ class Delivery:
         """Tokens and interim receipts until there is a reason to end. Raises what ended the stream."""
         sent_at = 0.0
         while True:
+            # SPEC 4.3: no token of the next leaf leaves before the voucher for this one has been checked
             await self._vouched()
             if self._work.step and not self._work.pending and not self._reserve_next():
                 return FinishReason.ESCROW_EXHAUSTED
@@ -234,6 +235,7 @@ class Delivery:
         vouched = self._tools.books.channel(self._client).vouched
         work, receipt = self._work.receipt(finish, finished_at, vouched)
         receipt_digest = digest(self._tools.domain, receipt)
+        # SPEC 4.5: The provider writes a receipt to disk and syncs before it signs it
         await self._tools.store.write(ReceiptIssued(receipt_digest, receipt))
         self._work = work.sealed(receipt_digest)
         self._unvouched = receipt

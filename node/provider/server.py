@@ -146,6 +146,7 @@ class JobServer:
         await tools.books.confirm(client, admitted.first_increment)
         if await tools.store.job(admitted.job_id) is not None:
             raise Refused(RefusalCode.DUPLICATE, "this job was requested before; a new one needs a new client nonce")
+        # SPEC 4.11: before the first token it reserves the worst case of prompt and first increment
         try:
             tools.books.reserve(client, admitted.job_id, Wei(admitted.first_increment))
         except Overspend as exc:
