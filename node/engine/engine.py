@@ -21,7 +21,7 @@ import torch
 from node.engine.decoder import Decoder, kv_bytes_per_token
 from node.engine.profile import profile_of, resolve_dtype, stored_parameters
 from node.engine.sampler import Sampler
-from node.engine.scheduler import RESUME_AT, Scheduler, Stream
+from node.engine.scheduler import RESUME_AT, Generation, Scheduler
 from node.engine.spec import ModelError, ModelSpec, load_spec, weight_files
 from node.engine.weights import load_weights
 from node.ports import EngineFull, EngineRequest, EngineStats, EngineToken
@@ -70,7 +70,7 @@ def context_that_fits(spec: ModelSpec, dtype: str, slots: int, max_context: int 
 class TokenStream(AsyncIterator[EngineToken]):
     """One generation as its consumer sees it. Use with contextlib.aclosing, or read it to the end."""
 
-    def __init__(self, engine: TorchEngine, stream: Stream) -> None:
+    def __init__(self, engine: TorchEngine, stream: Generation) -> None:
         self._engine, self._stream = engine, stream
         self._ready: deque[EngineToken] = deque()
         self._arrived = asyncio.Event()
@@ -157,9 +157,9 @@ class TorchEngine:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wakeup = threading.Condition()  # guards the two below
-        self._inbox: list[tuple[bool, Stream]] = []  # (submitted, else cancelled)
+        self._inbox: list[tuple[bool, Generation]] = []  # (submitted, else cancelled)
         self._stopping = False
-        self._streams: dict[Stream, weakref.ref[TokenStream]] = {}  # open ones; used on the event loop only
+        self._streams: dict[Generation, weakref.ref[TokenStream]] = {}  # open ones; used on the event loop only
 
     # ---------------------------------------------------------------------------------------------- asyncio side
 
@@ -199,6 +199,8 @@ class TorchEngine:
             self._wakeup.notify()
         await asyncio.to_thread(thread.join)
         self._end_all(EngineError("the engine was stopped while the stream was open"))
+        with self._wakeup:
+            self._inbox.clear()  # a later start must not hear of streams that ended here
         self._scheduler = self._decoder = None
 
     def submit(self, request: EngineRequest) -> TokenStream:
@@ -208,7 +210,7 @@ class TorchEngine:
         self._check(request)
         if len(self._streams) >= self._slots + self._max_queue:
             raise EngineFull(f"all {self._slots} slots and {self._max_queue} queue places are taken: try again later")
-        stream = Stream(request, self._spec.eos_ids)
+        stream = Generation(request, self._spec.eos_ids)
         consumer = TokenStream(self, stream)
         self._streams[stream] = weakref.ref(consumer)
         self._tell(True, stream)
@@ -246,7 +248,7 @@ class TorchEngine:
         except FieldOutOfRange as exc:
             raise ValueError(str(exc)) from exc
 
-    def _deliver(self, tokens: list[tuple[Stream, EngineToken]], freed: list[Stream]) -> None:
+    def _deliver(self, tokens: list[tuple[Generation, EngineToken]], freed: list[Generation]) -> None:
         """On the event loop: hand out one step's tokens and confirm cancellations."""
         for stream, token in tokens:
             reference = self._streams.get(stream)
@@ -271,12 +273,12 @@ class TorchEngine:
 
     # -------------------------------------------------------------------------------------------- from any thread
 
-    def _tell(self, submitted: bool, stream: Stream) -> None:
+    def _tell(self, submitted: bool, stream: Generation) -> None:
         with self._wakeup:
             self._inbox.append((submitted, stream))
             self._wakeup.notify()
 
-    def _cancel(self, stream: Stream) -> None:
+    def _cancel(self, stream: Generation) -> None:
         self._tell(False, stream)
 
     def _wake(self) -> None:
@@ -293,7 +295,7 @@ class TorchEngine:
             return Scheduler(self._decoder, Sampler(self._spec.vocab, self._spec.hidden, self._device))
 
     def _run(self, scheduler: Scheduler) -> None:
-        torch.set_num_threads(self._threads)  # of this thread only, with OpenMP
+        torch.set_num_threads(self._threads)  # of this thread, and of any that first uses torch later
         try:
             with torch.inference_mode():
                 while self._turn(scheduler):

@@ -32,7 +32,7 @@ RESUME_AT: Final = LEAF_TOKENS
 keeps the consumer from waking the engine for every token."""
 
 
-class Stream:
+class Generation:
     """One generation. `taken` is written by the consumer's thread alone, all else by the scheduler's.
 
     `fed`: tokens whose keys and values are in the slot. `slot` is -1 while waiting and after the end.
@@ -70,8 +70,8 @@ class Scheduler:
 
     def __init__(self, decoder: Decoder, sampler: Sampler) -> None:
         self._decoder, self._sampler = decoder, sampler
-        self._waiting: deque[Stream] = deque()
-        self._running: list[Stream] = []  # index = slot
+        self._waiting: deque[Generation] = deque()
+        self._running: list[Generation] = []  # index = slot
         self.tokens_total = 0
 
     @property
@@ -79,10 +79,10 @@ class Scheduler:
         """Slots occupied."""
         return len(self._running)
 
-    def submit(self, stream: Stream) -> None:
+    def submit(self, stream: Generation) -> None:
         self._waiting.append(stream)
 
-    def cancel(self, stream: Stream) -> None:
+    def cancel(self, stream: Generation) -> None:
         """Forget a stream, letting go of its slot. Idempotent."""
         if stream.slot >= 0:
             self._release(stream)
@@ -100,7 +100,7 @@ class Scheduler:
             return True
         return any(s.fed < len(s.request.prompt) or s.may_run() for s in self._running)
 
-    def step(self) -> list[tuple[Stream, EngineToken]]:
+    def step(self) -> list[tuple[Generation, EngineToken]]:
         """Run one forward; the tokens it gave, at most one a stream. A stream's last token has a finish reason."""
         while self._waiting and len(self._running) < self._decoder.slots:
             self._admit(self._waiting.popleft())
@@ -129,12 +129,12 @@ class Scheduler:
             return []
         return self._sample(sampled, hidden if len(rows) == len(hidden) else hidden[rows])
 
-    def _admit(self, stream: Stream) -> None:
+    def _admit(self, stream: Generation) -> None:
         stream.slot = len(self._running)
         stream.projection = self._sampler.projection(stream.request.seed)
         self._running.append(stream)
 
-    def _segments(self) -> tuple[list[Segment], list[Stream]]:
+    def _segments(self) -> tuple[list[Segment], list[Generation]]:
         """What is read of which prompts in this step."""
         budget = PREFILL_TOKENS
         segments, reading = [], []
@@ -147,7 +147,7 @@ class Scheduler:
                 reading.append(stream)
         return segments, reading
 
-    def _sample(self, streams: list[Stream], hidden: torch.Tensor) -> list[tuple[Stream, EngineToken]]:
+    def _sample(self, streams: list[Generation], hidden: torch.Tensor) -> list[tuple[Generation, EngineToken]]:
         logits = self._decoder.logits(hidden)
         chosen = self._sampler.choose(logits, [s.draw() for s in streams])
         projections = torch.stack([s.projection for s in streams if s.projection is not None])
@@ -170,7 +170,7 @@ class Scheduler:
         self.tokens_total += len(out)
         return out
 
-    def _release(self, stream: Stream) -> None:
+    def _release(self, stream: Generation) -> None:
         """Let go of a slot; the stream in the last occupied slot moves into it."""
         last = self._running.pop()
         if last is not stream:

@@ -78,9 +78,9 @@ def save(name: str, target: Path, **overrides: Any) -> Path:
     return target
 
 
-def reference(model_dir: Path) -> Any:
-    """The transformers model in fp32, for comparison."""
-    return transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+def reference(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformers model, for comparison."""
+    return transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
