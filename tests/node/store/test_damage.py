@@ -13,6 +13,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, event, inspect
 
+from incentives.ledger import Role
 from node.ports import StoreError
 from node.store import SqlStore, files, migrate
 from node.store.errors import explain
@@ -172,7 +173,7 @@ async def test_after_a_failed_sync_the_journal_takes_no_more_writes(sql: SqlStor
     await sql.close()
     await sql.open()
     await sql.write(s.opened(9))
-    assert [row.job_id for row in await sql.jobs(s.Role.PROVIDER)] == [job_id(9)]
+    assert [row.job_id for row in await sql.jobs(Role.PROVIDER)] == [job_id(9)]
 
 
 @pytest.mark.parametrize("code", [sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, 1])
@@ -193,7 +194,7 @@ async def test_a_backup_is_consistent_while_others_write(sql: SqlStore, tmp_path
     assert to.stat().st_mode & 0o777 == 0o600
     copy = SqlStore(to)
     await copy.open()
-    assert len(await copy.jobs(s.Role.PROVIDER)) == len(await copy.receipts())
+    assert len(await copy.jobs(Role.PROVIDER)) == len(await copy.receipts())
     await copy.close()
 
 

@@ -70,6 +70,7 @@ async def _opened(path: Path) -> Any:
 # ------------------------------------------------------------------------------------------------------------- kill -9
 
 
+@pytest.mark.slow
 async def test_kill_at_every_crash_point_leaves_each_call_whole_or_absent(tmp_path: Path) -> None:
     states = await _histories()
     ends = _output("crash", tmp_path, "one_by_one", *STORE_POINTS)
@@ -81,6 +82,7 @@ async def test_kill_at_every_crash_point_leaves_each_call_whole_or_absent(tmp_pa
             assert await _everything(store) == states[committed], point
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["store.write.before:2", "store.write.after:2", "store.ReceiptIssued.before:30"])
 async def test_kill_among_concurrent_writers_keeps_whatever_a_caller_was_told(tmp_path: Path, point: str) -> None:
     assert _output("crash", tmp_path, "burst", point) == [f"{point} {-signal.SIGKILL}"]

@@ -6,6 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
+from incentives.ledger import Role
 from node.ports import StoreError
 from node.store import SqlStore
 from node.store.files import connect
@@ -18,7 +19,7 @@ async def test_concurrent_writes_share_commits(sql: SqlStore) -> None:
     before = sql.commits
     await asyncio.gather(*[sql.write(s.opened(number)) for number in range(200)])
     assert sql.commits - before <= 10, "200 writes that waited together need a few commits"
-    assert len(await sql.jobs(s.Role.PROVIDER)) == 200
+    assert len(await sql.jobs(Role.PROVIDER)) == 200
 
 
 async def test_a_write_alone_is_one_commit(sql: SqlStore) -> None:
@@ -51,13 +52,13 @@ async def test_a_value_no_column_can_hold_does_not_poison_its_group(sql: SqlStor
         *[sql.write(s.opened(n)) for n in range(20)], sql.write(bad), sql.write(s.opened(99)), return_exceptions=True
     )
     assert [type(outcome) for outcome in outcomes] == [type(None)] * 20 + [StoreError, type(None)]
-    assert len(await sql.jobs(s.Role.PROVIDER)) == 21
+    assert len(await sql.jobs(Role.PROVIDER)) == 21
 
 
 async def test_calls_are_applied_in_the_order_they_were_made(sql: SqlStore) -> None:
     await sql.write(s.opened(1))
     await asyncio.gather(*[sql.write(s.issued(1, n, n), s.received(1, n, n)) for n in range(1, 60)])
-    (row,) = await sql.jobs(s.Role.PROVIDER)
+    (row,) = await sql.jobs(Role.PROVIDER)
     assert (row.steps, row.owed) == (59, 59)
 
 
@@ -90,7 +91,7 @@ async def test_closing_commits_what_is_queued(sql: SqlStore) -> None:
     await sql.close()
     assert await asyncio.gather(*tasks) == [None] * 30
     await sql.open()
-    assert len(await sql.jobs(s.Role.PROVIDER)) == 30
+    assert len(await sql.jobs(Role.PROVIDER)) == 30
 
 
 def test_money_is_synced_at_each_commit(tmp_path: Path) -> None:
