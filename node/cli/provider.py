@@ -11,27 +11,13 @@ import click
 
 from node.cli import money
 from node.cli.failures import Interrupted
+from node.cli.params import HostPort
 from node.cli.session import Session, emit, hexed, json_option, pass_session, write_private
 
 if TYPE_CHECKING:
     from node.app import ProviderApp
     from node.cli.running import Stop
     from node.config import NodeConfig
-
-
-class HostPort(click.ParamType[tuple[str, int]]):
-    """`HOST:PORT`, `:PORT` or `[IPv6]:PORT`."""
-
-    name = "host:port"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        """Raises: BadParameter."""
-        if isinstance(value, tuple):
-            return value
-        host, colon, port = str(value).rpartition(":")
-        if not colon or not port.isdecimal() or int(port) > 65_535:
-            self.fail(f"{value!r} is not HOST:PORT, such as 0.0.0.0:4001", param, ctx)
-        return host.strip("[]") or "0.0.0.0", int(port)
 
 
 @click.group()

@@ -32,7 +32,7 @@ STAKES_SHOWN: Final = 64
 
 
 def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
-    """`receipts`, `bundle`, `job` and `facts`, answered from one journal."""
+    """`receipts`, `bundle`, `job`, `facts` and `channels`, answered from one journal."""
 
     async def receipts(params: dict[str, Any]) -> dict[str, Any]:
         role = Role(params["role"]) if params.get("role") else None
@@ -62,7 +62,10 @@ def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
     async def facts(_: dict[str, Any]) -> dict[str, Any]:
         return await journal_facts(store)
 
-    return {"receipts": receipts, "bundle": bundle, "job": job, "facts": facts}
+    async def channels(_: dict[str, Any]) -> dict[str, Any]:
+        return {"channels": await channels_json(store)}
+
+    return {"receipts": receipts, "bundle": bundle, "job": job, "facts": facts, "channels": channels}
 
 
 def market_routes(marketplace: Marketplace, chain: Chain) -> dict[str, Route]:
@@ -226,6 +229,24 @@ async def journal_facts(store: Store) -> dict[str, Any]:
     out["last_receipt"] = _receipt_json(last[0], "") if last else None
     out["settlements_open"] = len(await store.settlements(state="sent"))
     return out
+
+
+async def channels_json(store: Store) -> list[dict[str, Any]]:
+    """Escrow channels as the journal last saw them. `role`: this home's side."""
+    return [
+        {
+            "role": role.value,
+            "provider": _hex(account.key.provider),
+            "client": _hex(account.key.client),
+            "deposit_wei": str(account.deposit),
+            "vouched_wei": str(account.vouched),
+            "claimed_wei": str(account.claimed),
+            "exit_at": account.exit_at,
+        }
+        for role in Role
+        for account in await store.accounts(role)
+        if account.vouched or account.owed
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- market

@@ -1,0 +1,98 @@
+"""`tally run`: one prompt, one streamed answer, one receipt."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from node.cli.session import Session, emit, json_option, pass_session
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("--model", help="Model to ask; not needed while only one is on offer.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Most tokens to generate.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
+@click.option("--top-p", type=click.FloatRange(0, 1), help="Choose among the likeliest tokens of this mass.")
+@click.option("--system", help="System message before the prompt.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without the model's chat template.")
+@click.option(
+    "--tier", type=click.Choice(["flex", "standard", "priority"]), help="Latency tier; each has its price and promise."
+)
+@click.option("--max-price", metavar="TALLY", help="Most that this answer may cost.")
+@click.option("--bootstrap", multiple=True, metavar="ADDR", help="/ip4/.../p2p/... of a peer to ask first; repeatable.")
+@click.option("--stream/--no-stream", default=True, help="Print as it comes, or all at the end.")
+@json_option
+@pass_session
+def run(
+    session: Session,
+    prompt: str | None,
+    model: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    system: str | None,
+    raw: bool,
+    tier: str | None,
+    max_price: str | None,
+    bootstrap: tuple[str, ...],
+    stream: bool,
+    as_json: bool,
+) -> None:
+    """Send PROMPT (- or nothing: standard input) and stream the answer to stdout.
+
+    Uses the gateway that runs in this home, else a client of its own. On a terminal a line below the text shows
+    tokens, speed and what was paid so far; the last line on stderr names cost, provider and receipt.
+
+    Ctrl-C cancels: what was delivered is receipted and paid, the rest is neither generated nor paid.
+
+    \b
+    tally run "Name three prime numbers" --max-tokens 50
+    tally run - --system "Summarise in one line" < report.txt > summary.txt
+    tally run "2+2=" --raw --temperature 0 --json
+    """
+    text = _text(prompt)
+    if raw and system:
+        raise click.UsageError("--system needs the chat template that --raw leaves out")
+    from node.cli.oneshot import Ask, one_shot, summary
+    from node.cli.running import Stop
+    from node.cli.running import run as run_to_end
+    from node.cli.screen import screen_for
+
+    config = session.load(
+        client__max_price=max_price,
+        transport__bootstrap=bootstrap or None,
+        client__gateway_host="127.0.0.1",
+        client__gateway_port=0,
+    )
+    session.log(config, serving=False)
+    body: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    body = {name: value for name, value in {**body, "service_tier": tier}.items() if value is not None}
+    if raw:
+        ask = Ask("completions", {**body, "prompt": text, "logprobs": 0})
+    else:
+        messages = [{"role": "system", "content": system}] if system else []
+        ask = Ask(
+            "chat/completions", {**body, "messages": [*messages, {"role": "user", "content": text}], "logprobs": True}
+        )
+    screen = screen_for(quiet=as_json or not stream)
+    stop = Stop("cancelling: paying for what was delivered")
+    answer = run_to_end(one_shot(session, config, ask, screen, own_price=max_price is not None), stop)
+    if as_json:
+        emit(answer.as_json())
+    elif not stream:
+        click.echo("".join(answer.text))
+    if not as_json:
+        click.echo(summary(answer), err=True)
+
+
+def _text(prompt: str | None) -> str:
+    """The prompt, from the argument or from standard input. Raises: UsageError."""
+    if prompt is None and sys.stdin.isatty():
+        raise click.UsageError('give a prompt: tally run "...", or pipe one in: tally run - < file')
+    text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
+    if not text:
+        raise click.UsageError("the prompt is empty")
+    return text
