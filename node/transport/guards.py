@@ -17,7 +17,7 @@ import trio
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.secp256k1 import Secp256k1PrivateKey
 from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key_pair
-from libp2p.exceptions import BaseLibp2pError
+from libp2p.exceptions import BaseLibp2pError, ParseError
 from libp2p.host.basic_host import BasicHost
 from libp2p.network import swarm as swarm_module
 from libp2p.network.config import ConnectionConfig, RetryConfig
@@ -25,11 +25,13 @@ from libp2p.network.connection import swarm_connection as connection_module
 from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
+from libp2p.protocol_muxer import multiselect_communicator as communicator_module
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from libp2p.transport.tcp import tcp as tcp_module
 from libp2p.transport.upgrader import TransportUpgrader
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
 from node.ports import DialFailed, TransportError
@@ -47,6 +49,10 @@ closes any above."""
 
 UPGRADE_S: Final = 10.0
 """Time a stranger has to finish the Noise and Yamux handshakes, and a stream to name its protocol."""
+
+MAX_NEGOTIATION_BYTES: Final = 64 * 1024
+"""Longest line of a protocol negotiation. Ours are under 100 bytes; the list of all protocols a peer speaks may be some
+thousand. The library sets no limit, even for strangers who have not authenticated: 10 s of sending is a gigabyte."""
 
 KEEPER_TICK_S: Final = 0.25
 """How often every connection's buffers and streams are looked at. At 80 MB/s, the most the library moves, a flood is
@@ -204,11 +210,19 @@ def install() -> None:
     muxer.install()
     swarm_module._HAPPY_EYEBALLS_DELAY = 0.02  # `connect` sits out this delay even when it has one address: 0.25 s
     tcp_module._set_reuse_flags = _set_exclusive_flags
+    communicator_module.read_delim = _read_line
     for name in ("libp2p", "libp2p.network.auto_connector", "multiaddr"):
         # It reports every peer that hangs up as a warning or an error.
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # One module logs through the root logger, which also configures logging behind the application's back.
     connection_module.logging = logging.getLogger("libp2p.network.connection")
+
+
+async def _read_line(reader: Any) -> bytes:
+    line = await read_varint_prefixed_bytes_limited(reader, MAX_NEGOTIATION_BYTES)
+    if not line.endswith(b"\n"):
+        raise ParseError("a negotiation line does not end in a line feed")
+    return bytes(line[:-1])
 
 
 def _set_exclusive_flags(sock: Any) -> None:

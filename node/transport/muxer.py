@@ -122,6 +122,10 @@ class GuardedYamuxStream(yamux.YamuxStream):  # type: ignore[misc]
     async def read(self, n: int | None = None) -> bytes:
         """Up to `n` bytes as soon as there are any; all there are without `n`. Raises: MuxedStreamEOF or Reset."""
         while True:
+            if self.leftover:
+                cut = len(self.leftover) if n is None or n < 0 else n
+                data, self.leftover = self.leftover[:cut], self.leftover[cut:]
+                return data
             buffer = self.conn.stream_buffers.get(self.stream_id)
             if buffer:
                 data = bytes(buffer) if n is None or n < 0 else bytes(buffer[:n])
@@ -131,10 +135,6 @@ class GuardedYamuxStream(yamux.YamuxStream):  # type: ignore[misc]
                 else:
                     await self._acknowledge(len(data))
                 return data
-            if self.leftover:
-                cut = len(self.leftover) if n is None or n < 0 else n
-                data, self.leftover = self.leftover[:cut], self.leftover[cut:]
-                return data
             if self.reset_received:
                 raise MuxedStreamReset("the stream was reset")
             event = self.conn.stream_events.get(self.stream_id)
@@ -143,6 +143,14 @@ class GuardedYamuxStream(yamux.YamuxStream):  # type: ignore[misc]
             await event.wait()
             if self.stream_id in self.conn.stream_events:
                 self.conn.stream_events[self.stream_id] = trio.Event()
+
+    async def reset(self) -> None:
+        await super().reset()
+        # The library keeps the entry of a stream with unread bytes for a minute, in case they are read.
+        buffer = self.conn.stream_buffers.get(self.stream_id)
+        if buffer is not None:
+            buffer.clear()
+            await self.conn._finalize_stream(self, fully_closed=True)
 
     async def _acknowledge(self, count: int) -> None:
         # Half a window at a time: an update on each read doubles the packets of a stream of small frames.
@@ -240,7 +248,10 @@ class GuardedYamux(yamux.Yamux):  # type: ignore[misc]
         on_close, self.on_close = self.on_close, None
         with trio.CancelScope(shield=True):
             for stream in self.streams.values():
-                stream.leftover += bytes(self.stream_buffers.get(stream.stream_id, b""))
+                buffer = self.stream_buffers.get(stream.stream_id)
+                if buffer:
+                    stream.leftover += bytes(buffer)
+                    buffer.clear()
             await self._drop_socket()
             await super()._cleanup_on_error()
         if on_close is not None:

@@ -183,8 +183,9 @@ class Libp2pStream:
                 if not self._outbox:
                     break
                 self._poked = True
-            if self._t_closing:
+            if self._t_closing or self._t_over.is_set():
                 await self._t_finish()
+                self._thread.spawn(self._t_linger)
         except Exception as exc:  # noqa: BLE001 - whatever it is, this stream is over, and its user must learn it
             self._thread.post(self.end, f"peer {self._peer_id} takes no more: {exc}")
             await self._t_abandon()
@@ -197,7 +198,9 @@ class Libp2pStream:
             while True:
                 data = await self._muxed.read(READ_BYTES)
                 if self._t_closing:
-                    break  # the peer still talks after we have let go
+                    if self.unsent:
+                        continue  # let go of, but what was accepted before has yet to leave
+                    break  # the peer still talks after our end of file
                 self._posted += len(data)
                 self._thread.post(self._feed, data)
                 while self._posted - self._inbox.taken >= INBOX_BYTES and not self._t_closing:
@@ -219,11 +222,10 @@ class Libp2pStream:
         await self._t_abandon()
 
     def t_close(self) -> None:
-        """Let what was accepted out, say so, and wait a while for the peer to do the same."""
+        """Let what was accepted out, then say that it was all."""
         self._t_closing = True
         self._t_room.set()
         self.t_poke()
-        self._thread.spawn(self._t_linger)
 
     def t_reset(self) -> None:
         self._t_closing = True
@@ -231,6 +233,7 @@ class Libp2pStream:
         self._thread.spawn(self._t_abandon)
 
     async def _t_linger(self) -> None:
+        """Give the peer a while to end the stream too."""
         with trio.move_on_after(LINGER_S) as patience:
             await self._t_over.wait()
         if patience.cancelled_caught:

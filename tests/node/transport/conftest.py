@@ -85,3 +85,22 @@ async def net(request: pytest.FixtureRequest) -> AsyncIterator[Net]:
     made = KINDS[request.param]()
     yield made
     await made.close()
+
+
+@pytest.fixture
+async def real() -> AsyncIterator[Libp2pNet]:
+    """Transports over libp2p only."""
+    made = Libp2pNet()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def pair(real: Libp2pNet) -> tuple[Transport, Transport]:
+    """A libp2p client, and a server that echoes on ECHO and holds its streams, unread, on HOLD."""
+    from tests.node.transport.helpers import HOLD, hold
+    from tests.node.transport.peer_process import ECHO, echo
+
+    client, server = await real.pair(ECHO, echo)
+    server.serve(HOLD, hold)
+    return client, server
