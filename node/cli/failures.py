@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-import time
-import traceback
 from pathlib import Path
 from typing import Final
 
@@ -133,6 +130,10 @@ def told(exc: TallyError) -> str:
 
 def keep_traceback(exc: BaseException, home: Path | None) -> Path | None:
     """Write the traceback to a private file, in the home if there is one; None when nothing can be written."""
+    import tempfile
+    import time
+    import traceback
+
     from node.log import clean
 
     text = clean("".join(traceback.format_exception(exc)))

@@ -19,7 +19,7 @@ import click
 
 from node.cli import money
 from node.cli.failures import CommandFailed
-from node.cli.screen import Meter, Screen
+from node.cli.screen import REFRESH_HZ, Meter, Screen
 from node.cli.session import Session, write_private
 from node.cli.tables import short
 from protocol.errors import TallyError
@@ -59,14 +59,14 @@ class Answer:
     jobs: list[str] = field(default_factory=list)
     finish: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
-    first_at: float = 0.0
+    sent_at: float = field(default_factory=time.monotonic)
     last_at: float = 0.0
 
     @property
     def rate(self) -> float:
-        """Tokens a second after the first."""
-        took = self.last_at - self.first_at
-        return (self.tokens - 1) / took if took > 0 and self.tokens > 1 else 0.0
+        """Tokens a second since the request was sent: tokens come in bursts, and waiting for the first one counts."""
+        took = self.last_at - self.sent_at
+        return self.tokens / took if took > 0 else 0.0
 
     @property
     def cost(self) -> int:
@@ -240,7 +240,6 @@ def _take(chunk: dict[str, Any], answer: Answer, screen: Screen) -> None:
         text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
         if fresh or text:
             answer.last_at = time.monotonic()
-            answer.first_at = answer.first_at or answer.last_at
             answer.tokens += fresh
             answer.text.append(text)
             screen.write(text)
@@ -248,14 +247,15 @@ def _take(chunk: dict[str, Any], answer: Answer, screen: Screen) -> None:
 
 async def _watch(control: ControlClient, answer: Answer, screen: Screen) -> None:
     """Keep the live line true until cancelled."""
-    meter = Meter()
+    meter, asked_at = Meter(), 0.0
     while True:
         meter.tokens, meter.rate, meter.provider = answer.tokens, answer.rate, answer.provider
-        jobs = await _jobs(control, answer.jobs)
-        if jobs:
-            meter.paid_wei = sum(int(job["owed_wei"]) for job in jobs)
+        if time.monotonic() - asked_at > POLL_S:
+            asked_at = time.monotonic()
+            jobs = await _jobs(control, answer.jobs)
+            meter.paid_wei = sum(int(job["owed_wei"]) for job in jobs) if jobs else meter.paid_wei
         screen.meter(meter)
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(1 / REFRESH_HZ)
 
 
 async def _jobs(control: ControlClient, ids: list[str]) -> list[dict[str, Any]]:

@@ -226,7 +226,8 @@ async def journal_facts(store: Store) -> dict[str, Any]:
                 "claimed_wei": str(sum(account.claimed for account in accounts)),
             }
     last = await store.receipts(final_only=True, limit=1)
-    out["last_receipt"] = _receipt_json(last[0], "") if last else None
+    shown = ("digest", "role", "at_ms", "completion_tokens", "finish", "total_wei")
+    out["last_receipt"] = {name: _receipt_json(last[0], "")[name] for name in shown} if last else None
     out["settlements_open"] = len(await store.settlements(state="sent"))
     return out
 

@@ -28,6 +28,8 @@ class Meter:
 
     def line(self) -> str:
         """`42 tokens  61 tok/s  0.0000168 TALLY  0x12345678…`."""
+        if not self.tokens:
+            return "waiting for the first token"
         parts = [f"{self.tokens} tokens", f"{self.rate:.0f} tok/s"]
         if self.paid_wei is not None:
             parts.append(f"{money.amount(self.paid_wei)} so far")
@@ -131,6 +133,7 @@ class Terminal:
 
     def close(self) -> None:
         tail, self._tail = self._tail, ""
+        self._draw()
         if tail:
             self._print(tail)
         self._live.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -33,7 +34,7 @@ def status(session: Session, as_json: bool) -> None:
         if as_json:
             emit({"running": True, "home": str(home), **facts})
         else:
-            click.echo("\n".join([f"{'home':18} {home}", *_lines(facts)]))
+            click.echo("\n".join([f"{'home':22} {home}", *_lines(facts)]))
         return
     config = session.load()
     known = _journal_facts(session) if config.journal.exists() else None
@@ -67,7 +68,7 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     """Any JSON object as lines of `name value`; amounts in TALLY."""
     lines: list[str] = []
     for name, value in facts.items():
-        label = f"{indent}{name.removesuffix('_wei').replace('_', ' '):{18 - len(indent)}}"
+        label = f"{indent}{name.removesuffix('_wei').removesuffix('_ms').replace('_', ' '):{22 - len(indent)}}"
         if isinstance(value, dict):
             lines += [label.rstrip(), *_lines(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], dict):
@@ -83,6 +84,8 @@ def _shown(name: str, value: Any) -> str:
         return "-"
     if name.endswith("_wei"):
         return money.amount(int(value))
+    if name in ("at_ms", "timestamp"):
+        return f"{datetime.fromtimestamp(value / (1000 if name == 'at_ms' else 1), UTC):%Y-%m-%d %H:%M:%S}Z"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

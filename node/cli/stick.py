@@ -44,7 +44,7 @@ def _row(text: str) -> str:
 def _seal(signature: bytes, ours: bool) -> str:
     if signature:
         return f"signed 0x{signature.hex()[:16]}…"
-    return "signed with this home's key (`tally receipts export` adds it)" if ours else "not signed"
+    return "signed by this home, as `receipts export` shows" if ours else "not signed"
 
 
 def _voucher(notch: Notch, role: str) -> str:
