@@ -84,7 +84,7 @@ class NodeProcess:
             self._process = subprocess.Popen(
                 [*command, "--ready-file", str(ready_file)],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=subprocess.DEVNULL,  # what it prints for a person holds its API key
                 stderr=log,
                 env={**os.environ, **self._env, **extra_env},
                 preexec_fn=die_with(os.getpid()) if sys.platform == "linux" else None,

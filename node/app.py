@@ -7,6 +7,7 @@ serves; left, it drains, settles and closes in the reverse order, also when star
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from node.config import NodeConfig
 from node.keys import load_or_create, read_password
-from node.ports import Chain, PeerAddress, Store, Transport
+from node.ports import Chain, ChainError, ChainUnavailable, PeerAddress, Store, Transport
 from node.system import SystemClock, SystemEntropy
 from protocol.errors import TallyError
 from protocol.units import Address, Digest, Wei
@@ -33,6 +34,11 @@ MIN_STAKE = Wei(1)
 """Stake below which a client ignores an offer. Unit: wei. The Registry's own minimum is what keeps strangers out."""
 
 CONTROL_SOCKET = "control.sock"
+
+CHAIN_RETRY_S = 2.0
+"""Pause between attempts to reach an RPC that did not answer at the start. Unit: s."""
+
+log = logging.getLogger("tally.app")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +117,39 @@ async def wallet_chain(config: NodeConfig) -> AsyncIterator[tuple[Web3Chain, Sig
 
 
 @asynccontextmanager
-async def _chain(config: NodeConfig, wallet: Signer) -> AsyncIterator[Web3Chain]:
+async def _chain(config: NodeConfig, wallet: Signer, *, patient: bool = False) -> AsyncIterator[Web3Chain]:
+    """`patient`: serve even while the RPC does not answer. Raises: ChainUnavailable unless patient, ChainError."""
     from node.chain.chain import Web3Chain
     from node.chain.deployment import Deployment
 
     deployment = Deployment.load(config.chain.deployment)
     chain = Web3Chain(config.chain.rpc_url, deployment, wallet, clock=SystemClock())
-    await chain.start()
     try:
-        yield chain
+        await chain.start()
+    except ChainUnavailable as exc:
+        if not patient:
+            raise
+        log.warning("starting without the chain, which is tried again every %g s: %s", CHAIN_RETRY_S, exc)
+        retries = [_keep_connecting(chain)]
+    else:
+        retries = []
+    try:
+        async with _background(*retries):
+            yield chain
     finally:
         await chain.stop()
+
+
+async def _keep_connecting(chain: Web3Chain) -> None:
+    """Until the RPC answers for the right chain. A wrong one is logged and not used."""
+    while True:
+        await asyncio.sleep(CHAIN_RETRY_S)
+        try:
+            return await chain.start()
+        except ChainUnavailable as exc:
+            log.debug("the chain does not answer yet: %s", exc)
+        except ChainError as exc:
+            log.error("the RPC is not of our chain, nothing is settled until it is: %s", exc)
 
 
 def _transport(config: NodeConfig, secret: bytes, *, listen: bool) -> Transport:
@@ -198,6 +226,7 @@ def wanted_tariff(config: NodeConfig, wallet: Address, profile_id: Digest) -> Ta
 async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
     """Serve. Raises: ConfigError, KeystoreError, StoreError, ChainError, ModelError, TransportError."""
     from incentives.settlement import SettlePolicy
+    from node.cli.routes import journal_routes
     from node.discovery.directory import OfferDirectory
     from node.engine.card import load_card
     from node.engine.engine import TorchEngine
@@ -211,7 +240,7 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
     wallet, node_key = await _key(config, "wallet"), await _key(config, "node")
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(journal(config))
-        chain = await stack.enter_async_context(_chain(config, wallet))
+        chain = await stack.enter_async_context(_chain(config, wallet, patient=True))
         engine = TorchEngine(wanted.model_dir, wanted.dtype, wanted.slots, threads=wanted.threads or None)
         await engine.start()
         stack.push_async_callback(engine.stop)
@@ -237,7 +266,7 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
         async def status(_: dict[str, Any]) -> dict[str, Any]:
             return {**await provider.status(), "peer_id": transport.peer_id, "chain": await chain_status(chain)}
 
-        await stack.enter_async_context(_control(config, {"status": status}))
+        await stack.enter_async_context(_control(config, {"status": status, **journal_routes(store, chain.domain)}))
         yield ProviderApp(provider, store, chain, transport, wallet, node_key, config.home)
 
 
@@ -262,7 +291,7 @@ async def client_app(config: NodeConfig) -> AsyncIterator[ClientApp]:
     wallet, session = await _key(config, "wallet"), await _key(config, "session")
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(journal(config))
-        chain = await stack.enter_async_context(_chain(config, wallet))
+        chain = await stack.enter_async_context(_chain(config, wallet, patient=True))
         # A fresh network identity at every start: a client's peer id need not tie its sessions together.
         transport = _transport(config, entropy.token(32), listen=False)
         directory = OfferDirectory(transport, chain, clock, bootstrap_peers(config), MIN_STAKE)
@@ -282,12 +311,14 @@ async def client_app(config: NodeConfig) -> AsyncIterator[ClientApp]:
 @asynccontextmanager
 async def gateway_app(config: NodeConfig) -> AsyncIterator[GatewayApp]:
     """Be a client behind an OpenAI-compatible server. Raises: what `client_app` raises, GatewayError."""
+    from node.cli.routes import journal_routes, market_routes
     from node.gateway.auth import ApiKeys
     from node.gateway.server import GatewayServer
 
     clock, entropy = SystemClock(), SystemEntropy()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(client_app(config))
+        chain = client.chain
         keys = ApiKeys(config.home / "api_keys.json", clock=clock, entropy=entropy)
         server = GatewayServer(
             client.marketplace,
@@ -302,7 +333,8 @@ async def gateway_app(config: NodeConfig) -> AsyncIterator[GatewayApp]:
         url = f"http://{config.client.gateway_host}:{port}/v1"
 
         async def status(_: dict[str, Any]) -> dict[str, Any]:
-            return {**await client.marketplace.status(), "url": url, "chain": await chain_status(client.chain)}
+            return {**await client.marketplace.status(), "url": url, "chain": await chain_status(chain)}
 
-        await stack.enter_async_context(_control(config, {"status": status}))
+        routes = {**journal_routes(client.store, chain.domain), **market_routes(client.marketplace, chain)}
+        await stack.enter_async_context(_control(config, {"status": status, **routes}))
         yield GatewayApp(client, server, url)

@@ -261,7 +261,7 @@ def _cost(bundle: Bundle) -> str:
             Usage(receipt.prompt_tokens, receipt.cached_tokens, receipt.completion_tokens, receipt.reasoning_tokens),
             Tier(request.tier),
             Timing(receipt.received_at, receipt.first_token_at, receipt.finished_at),
-            private=request.private,
+            private=request.is_private,
             missed_deadline=receipt.finish_reason == FinishReason.DEADLINE,
         )
         for item in fields(Cost):

@@ -123,7 +123,7 @@ class JobRequest:
     top_k: U32
     stop_hash: B32
     tier: U8
-    private: Bool
+    is_private: Bool
     tariff_hash: B32
     price_ceiling: U96
     client_nonce: B32

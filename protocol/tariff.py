@@ -24,8 +24,9 @@ MAX_MULTIPLIER_BPS: Final = 100 * BPS
 """Largest single multiplier a tariff may carry. Unit: bps (x100). Four of them at this bound would overflow the
 receipt's uint64, so `check_tariff` bounds the product of the tariff's own three as well."""
 
-MAX_PRICE: Final = 10**21
-"""Largest price per token or request. Unit: wei (1000 TALLY). With 2**20 tokens and x1844 it stays below uint96."""
+MAX_PRICE: Final = 10**19
+"""Largest price per token or request. Unit: wei (10 TALLY). A line of 2**32 - 1 tokens at it still fits uint96, which
+it would not at the double, and so does a total over 2**21 tokens at x100."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,10 @@ def multiplier_of(tariff: Tariff, tier: Tier, prompt_tokens: int, *, private: bo
 
 
 def promise_missed(tariff: Tariff, tier: Tier, timing: Timing, completion_tokens: int) -> bool:
-    """Whether the first token came later than promised or, at the end, the average token was slower."""
+    """Whether the first token came later than promised or not at all, or at the end the average token was slower."""
     _, ttft_ms, tpot_ms, _ = tier_terms(tariff, tier)
-    if timing.first_token_at and ttft_ms and timing.first_token_at - timing.received_at > ttft_ms:
+    waited_until = timing.first_token_at or timing.finished_at
+    if waited_until and ttft_ms and waited_until - timing.received_at > ttft_ms:
         return True
     if not (timing.finished_at and tpot_ms and completion_tokens > 1):
         return False

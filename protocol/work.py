@@ -81,7 +81,7 @@ class Work:
             self.usage(),
             Tier(self.request.tier),
             self.timing(finished_at),
-            private=self.request.private,
+            private=self.request.is_private,
             missed_deadline=finish is FinishReason.DEADLINE,
         )
 

@@ -85,7 +85,7 @@ struct JobRequest {
     uint32 topK;
     bytes32 stopHash;
     uint8 tier;
-    bool private_;
+    bool isPrivate;
     bytes32 tariffHash;
     uint96 priceCeiling;
     bytes32 clientNonce;
@@ -179,8 +179,8 @@ bytes32 constant TARIFF_TYPEHASH = 0xe2496dbadc795803dbb3877a9b372f7bd5743c24036
 bytes32 constant OFFER_TYPEHASH = 0xfe2b2441aecee5b236ed53c363a4afe613f9d3fd14bbad71ee450781b1fc2714;
 /// @dev keccak256 of `Profile(bytes32 weightsRoot,bytes32 tokenizerHash,bytes32 chatTemplateHash,bytes32 specialPolicyHash,bytes32 dtypeHash,bytes32 kvDtypeHash,bytes32 engineHash,bytes32 samplerHash,uint32 marginMilli,uint32 flagPpm,uint64 activeParameters,uint64 totalParameters,uint64 bodyParameters,uint64 headParameters,uint32 layers,uint32 heads,uint32 headDim,uint32 window)`.
 bytes32 constant PROFILE_TYPEHASH = 0x1c2c35ddaca6d278442f9ba740294ec8fe7c77a2293949e78ed79295b143b686;
-/// @dev keccak256 of `JobRequest(address provider,address client,bytes32 profileId,bytes32 promptHash,uint32 promptTokens,uint32 maxTokens,uint32 temperatureMicro,uint32 topPMicro,uint32 topK,bytes32 stopHash,uint8 tier,bool private,bytes32 tariffHash,uint96 priceCeiling,bytes32 clientNonce,bytes32 providerCommitment,bytes32 clientBoxKey,uint64 deadline,bytes32 parentJob,bytes32 parentSeed)`.
-bytes32 constant JOB_REQUEST_TYPEHASH = 0xa1dec7f5a23e1d2b76807eca1a59a2941f7c453f4297679b31d77e9331e3cfa0;
+/// @dev keccak256 of `JobRequest(address provider,address client,bytes32 profileId,bytes32 promptHash,uint32 promptTokens,uint32 maxTokens,uint32 temperatureMicro,uint32 topPMicro,uint32 topK,bytes32 stopHash,uint8 tier,bool isPrivate,bytes32 tariffHash,uint96 priceCeiling,bytes32 clientNonce,bytes32 providerCommitment,bytes32 clientBoxKey,uint64 deadline,bytes32 parentJob,bytes32 parentSeed)`.
+bytes32 constant JOB_REQUEST_TYPEHASH = 0x0c6a50247410253f0dd99d39d83df45792980f9aaa05f608cfa25f72b06f93d9;
 /// @dev keccak256 of `Accept(bytes32 jobId,bytes32 providerNonce,bytes32 seed,uint64 acceptedAt)`.
 bytes32 constant ACCEPT_TYPEHASH = 0xfe308c348dca981f35163ea16257c45fe3d71a223cb0fcab6c9d8d3bcbf3fb4f;
 /// @dev keccak256 of `WorkReceipt(address provider,address client,bytes32 jobId,uint32 step,bool isFinal,uint32 promptTokens,uint32 cachedTokens,uint32 completionTokens,uint32 reasoningTokens,uint64 steMicro,bytes32 leavesRoot,uint8 finishReason,uint64 receivedAt,uint64 firstTokenAt,uint64 finishedAt,uint96 promptLine,uint96 cachedLine,uint96 completionLine,uint96 reasoningLine,uint64 multiplier,uint96 perRequest,uint96 refund,uint96 total,uint96 vouched,bytes32 tariffHash,bytes32 previous)`.

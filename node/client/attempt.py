@@ -13,8 +13,10 @@ from typing import Final
 
 from incentives.ledger import AckSigned, JobClosed, JobOpened, Role
 from node.client.accounts import Accounts
+from node.crashpoints import crash_point, declare
 from node.jobstream import JobStream
 from node.ports import Clock, Entropy, JobEvent, JobPaid, JobSpec, JobTokens, ModelCard, Store, Stream, StreamEnded
+from node.whole import whole
 from protocol.errors import ReceiptMismatch, Refused, RemoteProtocolError, UnexpectedFrame
 from protocol.frames import (
     Abort,
@@ -53,6 +55,12 @@ QUOTE_TIMEOUT_S: Final = 2.0
 
 ACCEPT_TIMEOUT_S: Final = 10.0
 """From the request to Accept. Unit: s. A provider journals and opens its nonce in milliseconds."""
+
+VOUCHER_JOURNALED: Final = declare("client.voucher.journaled")
+"""The voucher is on disk and counted; the provider does not have it yet."""
+
+ACK_JOURNALED: Final = declare("client.ack.journaled")
+"""The job is acknowledged and closed on disk; the provider does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,7 @@ class Attempt:
         self._work: Work | None = None
         self._request: JobRequest | None = None
         self._paid = Wei(0)
+        self._promised = Wei(0)  # the last voucher of this attempt, cumulative
         self._closed = False
 
     # ------------------------------------------------------------------------------------------------------ agreement
@@ -142,17 +151,21 @@ class Attempt:
             head = Request(pack(request), signature, self.offer.offer.box_key, salt, self._spec.stop_ids, len(chunks))
             await self.talk.send(head, *chunks)
             accept, accept_signature = await self._accepted(job_id, request, parent)
-            await self._keep_tariff()
-            await tools.store.write(
-                JobOpened(Role.CLIENT, job_id, request, signature, accept, accept_signature, self._spec.model)
-            )
+            opened = JobOpened(Role.CLIENT, job_id, request, signature, accept, accept_signature, self._spec.model)
+            await whole(self._open(opened, sealed))
         except BaseException:
             accounts.release(self.provider, job_id)
+            await self.close(FinishReason.CANCELLED, "the caller left before the first token")
             raise
-        self.seed = accept.seed
-        self._sealed = sealed
-        self._work = Work.start(job_id, request, self.offer.tariff, self._card.profile, accept)
         return job_id
+
+    async def _open(self, opened: JobOpened, sealed: Sealed) -> None:
+        """Journal the agreed job and start its account. Raises: StoreError."""
+        await self._keep_tariff()
+        await self._tools.store.write(opened)
+        self.seed = opened.accept.seed
+        self._sealed = sealed
+        self._work = Work.start(opened.job_id, opened.request, self.offer.tariff, self._card.profile, opened.accept)
 
     async def _keep_tariff(self) -> None:
         """The signed price sheet beside the receipts that name it, so that they verify without anybody's help."""
@@ -177,7 +190,7 @@ class Attempt:
             top_k=sampling.top_k,
             stop_hash=stop_hash(spec.stop_ids, ()),
             tier=spec.tier,
-            private=spec.private,
+            is_private=spec.private,
             tariff_hash=self.offer.tariff_hash,
             price_ceiling=self._ceiling,
             client_nonce=Digest(self._tools.entropy.token(32)),
@@ -191,7 +204,7 @@ class Attempt:
     async def _reserve(self, job_id: JobId, request: JobRequest) -> None:
         def most(tokens: int) -> Wei:
             return worst_case_up(
-                self.offer.tariff, request.prompt_tokens, tokens, Tier(request.tier), private=request.private
+                self.offer.tariff, request.prompt_tokens, tokens, Tier(request.tier), private=request.is_private
             )
 
         first = most(min(INCREMENT_TOKENS, request.max_tokens))
@@ -233,7 +246,8 @@ class Attempt:
         Raises: StreamEnded (stall, death, EOF without END), RemoteProtocolError, Refused (the provider aborted),
         Overspend, StoreError.
         """
-        return await self._handle(await self.talk.receive(self._tools.stall_s))
+        frame = await self.talk.receive(self._tools.stall_s)
+        return await whole(self._handle(frame))
 
     async def _handle(self, frame: Frame) -> list[JobEvent]:
         match frame:
@@ -270,6 +284,7 @@ class Attempt:
                 self._tools.accounts.domain, self._work, receipt, self._tools.clock.now_ms()
             )
             self._check_stop(receipt)
+            self._check_vouched(receipt)
             if receipt.total > self._ceiling:
                 raise ReceiptMismatch("total", receipt.total, f"at most {self._ceiling}")
         except RemoteProtocolError as exc:
@@ -289,6 +304,12 @@ class Attempt:
         if any(token in stops for token in self.tokens[:-1]):
             raise ReceiptMismatch("completion_tokens", receipt.completion_tokens, "tokens after a stop token")
 
+    def _check_vouched(self, receipt: WorkReceipt) -> None:
+        """The voucher it says it holds: at least the one that released these tokens, at most our highest."""
+        highest = self._tools.accounts.channel(self.provider).vouched
+        if not self._promised <= receipt.vouched <= highest:
+            raise ReceiptMismatch("vouched", receipt.vouched, f"{self._promised} to {highest}")
+
     async def _vouch(self, receipt: WorkReceipt, signature: bytes) -> tuple[VoucherFrame, Digest]:
         before = self.total
         receipt_digest = await self._check(receipt, signature)
@@ -298,6 +319,8 @@ class Attempt:
         )
         self.acked = len(self.tokens)
         self._paid = Wei(receipt.total)
+        self._promised = Wei(voucher.cumulative)
+        crash_point(VOUCHER_JOURNALED)
         return VoucherFrame(receipt.step, pack(voucher), voucher_signature), receipt_digest
 
     async def _on_receipt(self, receipt: WorkReceipt, signature: bytes) -> JobPaid:
@@ -316,6 +339,7 @@ class Attempt:
         await self._tools.store.write(
             AckSigned(self.job_id, ack), JobClosed(Role.CLIENT, self.job_id, finish, Wei(receipt.total), "")
         )
+        crash_point(ACK_JOURNALED)
         self._closed = True
         self.final = receipt
         self._tools.accounts.release(self.provider, self.job_id)

@@ -69,7 +69,10 @@ class ClientSettings:
 
 @dataclass(slots=True)
 class _Progress:
-    """One stream over all its attempts. `delivered`: tokens the caller has; `acked`: those vouched for."""
+    """One stream over all its attempts. `delivered`: tokens the caller has; `acked`: those vouched for.
+
+    `tried`: providers not to be asked again; those of them that only refused are in `refused` too.
+    """
 
     spec: JobSpec
     delivered: list[int] = field(default_factory=list)
@@ -77,6 +80,7 @@ class _Progress:
     parent: Parent | None = None
     attempts: list[Attempt] = field(default_factory=list)
     tried: set[Address] = field(default_factory=set)
+    refused: set[Address] = field(default_factory=set)
 
     @property
     def cost(self) -> Wei:
@@ -205,6 +209,11 @@ class Router:
                 failure = exc
                 await self._give_up(progress, attempt, exc)
                 continue
+            except JobFailed as exc:  # what was shown cannot go on: nothing more is paid to whoever wrote otherwise
+                finished = True
+                self.jobs_failed += 1
+                await self._give_up(progress, attempt, exc)
+                raise
             finally:
                 if not finished:
                     self._wind_down(attempt)
@@ -248,13 +257,35 @@ class Router:
 
         Raises: NoProvider, JobFailed (a continuation found nobody), InsufficientFunds, Refused (all said no).
         """
-        refusal: Refused | None = None
         try:
-            quoted = await self._quotes(progress, card)
+            return await self._first_accepting(progress, card)
+        except Refused as exc:
+            if exc.code == RefusalCode.TARIFF:
+                return await self._with_fresh_offers(progress, card, exc)
+            if failure is not None:
+                raise JobFailed(self._obituary(progress, failure)) from exc
+            if exc.code == RefusalCode.PAYMENT_REQUIRED:
+                raise InsufficientFunds(exc.reason) from exc
+            raise
         except NoProvider as exc:
             if failure is not None:
                 raise JobFailed(self._obituary(progress, failure)) from exc
             raise
+
+    async def _with_fresh_offers(self, progress: _Progress, card: ModelCard, stale: Refused) -> tuple[Attempt, JobId]:
+        """Once more: a provider that restarted or changed its prices refuses jobs under its earlier offer."""
+        await self._directory.refresh()
+        progress.tried.difference_update(progress.refused)
+        progress.refused.clear()
+        try:
+            return await self._first_accepting(progress, card)
+        except NoProvider as exc:
+            raise stale from exc
+
+    async def _first_accepting(self, progress: _Progress, card: ModelCard) -> tuple[Attempt, JobId]:
+        """Raises: NoProvider, InsufficientFunds, Refused (the last that said no), StoreError."""
+        refusal: Refused | None = None
+        quoted = await self._quotes(progress, card)
         for index, attempt in enumerate(quoted):
             try:
                 job_id = await attempt.agree(progress.prompt, progress.max_tokens, progress.parent)
@@ -263,6 +294,7 @@ class Router:
                 await attempt.talk.__aexit__(type(exc), exc, None)
             except Refused as exc:
                 refusal = exc
+                progress.refused.add(attempt.provider)
                 await attempt.talk.__aexit__(type(exc), exc, None)
             except BaseException as exc:
                 for rest in quoted[index:]:
@@ -273,10 +305,6 @@ class Router:
                     await rest.talk.__aexit__(None, None, None)
                 return attempt, job_id
             progress.tried.add(attempt.provider)
-        if failure is not None:
-            raise JobFailed(self._obituary(progress, failure)) from (refusal or failure)
-        if refusal is not None and refusal.code == RefusalCode.PAYMENT_REQUIRED:
-            raise InsufficientFunds(refusal.reason) from refusal
         raise refusal or NoProvider(f"none of {len(quoted)} providers of {card.model!r} could be reached; try again")
 
     async def _quotes(self, progress: _Progress, card: ModelCard) -> list[Attempt]:

@@ -66,11 +66,11 @@ def check_request(domain: Domain, terms: Terms, frame: Request, nonce: bytes, no
     if not now_ms < request.deadline <= now_ms + MAX_DEADLINE_AHEAD_MS:
         raise Refused(RefusalCode.BAD_REQUEST, f"the deadline must lie within the next day, now is {now_ms}")
     tier = Tier(request.tier)
-    worst = worst_case_up(tariff, request.prompt_tokens, request.max_tokens, tier, private=request.private)
+    worst = worst_case_up(tariff, request.prompt_tokens, request.max_tokens, tier, private=request.is_private)
     if worst > request.price_ceiling:
         raise Refused(RefusalCode.CEILING, f"the job may cost {worst} wei, its ceiling is {request.price_ceiling}")
     first = worst_case_up(
-        tariff, request.prompt_tokens, min(INCREMENT_TOKENS, request.max_tokens), tier, private=request.private
+        tariff, request.prompt_tokens, min(INCREMENT_TOKENS, request.max_tokens), tier, private=request.is_private
     )
     return Admitted(job_id, request, tariff, _seed(job_id, request, nonce), first)
 

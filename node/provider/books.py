@@ -43,6 +43,8 @@ class Books:
     async def load(self) -> None:
         """Rebuild every channel from the journal. Raises: StoreError."""
         for account in await self._store.accounts(Role.PROVIDER):
+            if account.key.provider != self._provider:
+                continue  # a channel this node pays from: the journal serves both roles
             self._channels[account.key.client] = Channel(
                 account.key, account.deposit, account.claimed, account.exit_at, account.owed, account.vouched
             )
@@ -111,6 +113,20 @@ class Books:
             self._channels[client] = apply(self.channel(client), change).state
             if raised:
                 self._signatures[client] = signature
+
+    async def cover(self, client: Address, job_id: JobId, step: int, before: Wei, after: Wei) -> bool:
+        """Count a receipt that comes to no more than was vouched for: the voucher we hold covers it; False if none does.
+
+        A refund lowers the final receipt. It must count before the client can see it: a client that has counted it
+        promises less for its next job than we would ask, should its acknowledgement be lost. Raises: StoreError.
+        """
+        channel, signature = self.channel(client), self._signatures.get(client, b"")
+        if after > before or not signature or channel.vouched > channel.deposit:
+            return False
+        await self.take_voucher(
+            client, job_id, step, before, after, Voucher(self._provider, channel.vouched), signature
+        )
+        return True
 
     def _lock(self, client: Address) -> asyncio.Lock:
         return self._locks.setdefault(client, asyncio.Lock())

@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from incentives.ledger import AckReceived, JobClosed, ReceiptIssued, Role
+from node.crashpoints import crash_point, declare
 from node.jobstream import JobStream
 from node.ports import Clock, Store, StreamEnded, TokenStream
 from node.provider.books import Books
+from node.whole import whole
 from protocol.eip712 import Domain, digest
 from protocol.errors import Overspend, RemoteProtocolError, UnexpectedFrame
-from protocol.frames import Ack, Cancel, End, Receipt, TokenBatch, Tokens, VoucherFrame, encode_batch
+from protocol.frames import Ack, Cancel, End, Frame, Receipt, TokenBatch, Tokens, VoucherFrame, encode_batch
 from protocol.messages import ReceiptAck, Voucher, WorkReceipt
 from protocol.packing import pack, unpack
 from protocol.sealing import Sealed
@@ -40,6 +42,15 @@ VOUCHER_TIMEOUT_S: Final = 60.0
 
 ACK_TIMEOUT_S: Final = 10.0
 """How long we wait for the final acknowledgement. Unit: s. Without it the last increment is unpaid, not disputed."""
+
+RECEIPT_JOURNALED: Final = declare("provider.receipt.journaled")
+"""A receipt is on disk; its signature does not exist yet."""
+
+RECEIPT_SENT: Final = declare("provider.receipt.sent")
+"""A receipt is out; its voucher is not in."""
+
+VOUCHER_JOURNALED: Final = declare("provider.voucher.journaled")
+"""A voucher is on disk and counted; no token was released for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,7 @@ class Delivery:
         self._cancelled = False
         self._unvouched: WorkReceipt | None = None  # the receipt whose voucher we wait for
         self._acked = Wei(0)  # the job's total at its last vouched receipt
+        self._covered = False  # the final receipt needs no new voucher
         self._acknowledged = asyncio.Event()
 
     @property
@@ -116,19 +128,21 @@ class Delivery:
         """Frames of the client, until it closes."""
         try:
             while True:
-                frame = await self._talk.receive()
-                match frame:
-                    case VoucherFrame():
-                        await self._on_voucher(frame.step, unpack(Voucher, frame.voucher), frame.signature)
-                    case Cancel():
-                        self._cancelled = True
-                    case Ack():
-                        await self._on_ack(frame)
-                    case _:
-                        raise UnexpectedFrame(type(frame).__name__, self._talk.conversation.state)
+                await whole(self._on_frame(await self._talk.receive()))
                 self._wake.set()
         except Exception as exc:  # noqa: BLE001 - handed to the delivering task, which raises it
             self._fail(exc)
+
+    async def _on_frame(self, frame: Frame) -> None:
+        match frame:
+            case VoucherFrame():
+                await self._on_voucher(frame.step, unpack(Voucher, frame.voucher), frame.signature)
+            case Cancel():
+                self._cancelled = True
+            case Ack():
+                await self._on_ack(frame)
+            case _:
+                raise UnexpectedFrame(type(frame).__name__, self._talk.conversation.state)
 
     def _fail(self, exc: Exception) -> None:
         self._failure = self._failure or exc
@@ -144,6 +158,7 @@ class Delivery:
         )
         self._acked = Wei(receipt.total)
         self._unvouched = None
+        crash_point(VOUCHER_JOURNALED)
 
     async def _on_ack(self, frame: Ack) -> None:
         ack = unpack(ReceiptAck, frame.ack)
@@ -151,7 +166,9 @@ class Delivery:
         if receipt is None or not receipt.is_final or ack.receipt != self._work.previous:
             raise RemoteProtocolError("an acknowledgement of another receipt than the final one")
         verify(self._tools.domain, ack, frame.signature, self._client)
-        await self._on_voucher(receipt.step, unpack(Voucher, frame.voucher), frame.voucher_signature)
+        if not self._covered:
+            await self._on_voucher(receipt.step, unpack(Voucher, frame.voucher), frame.voucher_signature)
+        self._unvouched = None
         await self._tools.store.write(AckReceived(self._work.job_id, ack, frame.signature))
         self._acknowledged.set()
 
@@ -211,7 +228,7 @@ class Delivery:
         """Hold escrow for the next increment before a token of it leaves; False when it does not cover one."""
         work, request = self._work, self._work.request
         upto = min(request.max_tokens, work.completion_tokens + INCREMENT_TOKENS)
-        worst = worst_case_up(work.tariff, request.prompt_tokens, upto, Tier(request.tier), private=request.private)
+        worst = worst_case_up(work.tariff, request.prompt_tokens, upto, Tier(request.tier), private=request.is_private)
         try:
             self._tools.books.reserve(self._client, work.job_id, Wei(max(0, worst - self._acked)))
         except Overspend as exc:
@@ -238,17 +255,24 @@ class Delivery:
         # SPEC 4.5: The provider writes a receipt to disk and syncs before it signs it
         await self._tools.store.write(ReceiptIssued(receipt_digest, receipt))
         self._work = work.sealed(receipt_digest)
+        if receipt.is_final:
+            job_id, total = self._work.job_id, Wei(receipt.total)
+            self._covered = await self._tools.books.cover(self._client, job_id, receipt.step, self._acked, total)
+            self._acked = total if self._covered else self._acked
         self._unvouched = receipt
+        crash_point(RECEIPT_JOURNALED)
         return receipt, self._tools.signer.sign_digest(Digest(receipt_digest))
 
     async def _send_receipt(self) -> None:
         receipt, signature = await self._issue(FinishReason.OPEN)
         await self._talk.send(Receipt(pack(receipt), signature))
+        crash_point(RECEIPT_SENT)
 
     async def _end(self, finish: FinishReason) -> None:
         """The final receipt out, its acknowledgement in. Raises: StreamEnded, RemoteProtocolError."""
         receipt, signature = await self._issue(finish)
         await self._talk.send(End(pack(receipt), signature))
+        crash_point(RECEIPT_SENT)
         try:
             async with asyncio.timeout(ACK_TIMEOUT_S):
                 await self._acknowledged.wait()

@@ -38,6 +38,7 @@ BLOCK_MARGIN_S: Final = 2
 """Added to the epoch's delay: the block that logs the tariff may be a little later than the one we looked at."""
 
 _KEY = "provider/tariff"
+_LOGGED = "provider/tariff_logged"
 _SEQUENCE = "provider/offer_sequence"
 
 
@@ -124,10 +125,21 @@ class Offering:
             stored = replace(self._wanted, sequence=sequence, valid_from=start, valid_until=start + TARIFF_LIFE_S)
             await self._store.put_value(_KEY, pack(stored))
             await self._admit(stored)
-        signature = self._signer.sign(self._chain.domain, stored)
-        if await self._chain.tariff(digest(self._chain.domain, stored)) is None:
-            await self._chain.log_tariff(stored, signature)
+        tariff_hash = digest(self._chain.domain, stored)
+        if await self._chain.tariff(tariff_hash) is None:
+            await self._chain.log_tariff(stored, self._signer.sign(self._chain.domain, stored))
+        await self._store.put_value(_LOGGED, tariff_hash)
         return stored.valid_from
+
+    async def recall_tariff(self) -> bool:
+        """Without the chain: take up the stored tariff if it has our prices and is known to be logged."""
+        stored = await self._stored()
+        if stored is None or not self._same_prices(stored):
+            return False
+        if await self._store.get_value(_LOGGED) != digest(self._chain.domain, stored):
+            return False
+        await self._admit(stored)
+        return True
 
     async def _stored(self) -> Tariff | None:
         raw = await self._store.get_value(_KEY)

@@ -41,6 +41,9 @@ log = logging.getLogger("tally.provider")
 RETRY_S: Final = 2.0
 """Pause before the chain is tried again. Unit: s."""
 
+TARIFF_LOOK_S: Final = 0.1
+"""How often a starting provider looks whether its tariff is in force. Unit: s."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProviderSettings:
@@ -93,23 +96,54 @@ class Provider:
     async def start(self) -> None:
         """Recover, register, log the tariff, wait until it is in force, offer.
 
-        Raises: StoreError, ChainError; ChainUnavailable is waited out as long as the tariff was logged before.
+        Raises: StoreError, ChainError.
         """
         await self.books.load()
         for job in await self._store.jobs(Role.PROVIDER, open_only=True):
             detail = "the provider stopped while it was running; what was vouched for is kept"
             await self._store.write(JobClosed(Role.PROVIDER, job.job_id, FinishReason.ERROR, job.owed, detail))
-        await self._chain.register_provider(self._node_key.secret, self._settings.stake)
-        in_force_at = await self.offering.prepare_tariff()
-        await self._tolerating_chain("open settlements were not looked up", self.settler.resolve("lost in a restart"))
-        while self._clock.now_ms() // 1000 < in_force_at and not self.offering.terms_in_force():
-            await self._clock.sleep(min(1.0, max(0.05, in_force_at - self._clock.now_ms() / 1000)))
+        caught_up = await self._join()
+        while not self.offering.terms_in_force():
+            await self._clock.sleep(TARIFF_LOOK_S)
         await self.offering.renew()
         self._tasks = [
             asyncio.create_task(self.settler.run()),
             asyncio.create_task(self._watch()),
             asyncio.create_task(self._keep_offering()),
         ]
+        if not caught_up:
+            self._tasks.append(asyncio.create_task(self._join_later()))
+
+    async def _join(self) -> bool:
+        """Register, log the tariff, look up open settlements; whether the chain answered.
+
+        With the RPC down a provider that was registered and logged before serves on, up to confirmed escrow; one that
+        never was waits for the chain. Raises: ChainError, StoreError.
+        """
+        while True:
+            try:
+                await self._register()
+            except ChainUnavailable as exc:
+                log.warning("the chain does not answer, trying again every %g s: %s", RETRY_S, exc)
+                if await self.offering.recall_tariff():
+                    return False
+                await self._clock.sleep(RETRY_S)
+            else:
+                return True
+
+    async def _register(self) -> None:
+        await self._chain.register_provider(self._node_key.secret, self._settings.stake)
+        await self.offering.prepare_tariff()
+        await self.settler.resolve("lost in a restart")
+
+    async def _join_later(self) -> None:
+        """What `_join` left undone, once the chain answers."""
+        while True:
+            await self._clock.sleep(RETRY_S)
+            try:
+                return await self._register()
+            except ChainError as exc:
+                log.debug("the chain does not answer yet: %s", exc)
 
     async def stop(self) -> None:
         """Refuse new jobs, finish or cut off running ones, settle everything, stop. Idempotent."""

@@ -10,14 +10,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from typing import Final
 
 from incentives.ledger import SettlementDropped, SettlementMined, SettlementSent
 from incentives.settlement import SettlePolicy, due
+from node.crashpoints import crash_point, declare
 from node.ports import Chain, ChainError, ChainUnavailable, Clock, Settled, Store
 from node.provider.books import Books
 from protocol.units import Address, Digest, Wei
 
 log = logging.getLogger("tally.provider.settler")
+
+JOURNALED: Final = declare("settler.journaled")
+"""A settlement is on disk; nothing was broadcast."""
+
+BROADCAST: Final = declare("settler.broadcast")
+"""A settlement is in a block; the journal does not know."""
+
+LOOK_BACK: Final = 16
+"""Dropped settlements that are looked up again. Unit: settlements. One may be mined after it was given up, and belongs
+into the books then; older ones had their nonce used by a successor."""
 
 
 @dataclass(slots=True)
@@ -57,15 +69,24 @@ class Settler:
     async def resolve(self, reason: str) -> None:
         """Look up every settlement still open; one that is in no block is dropped, and its vouchers are due again.
 
-        Dropping one that is mined later costs gas only: the escrow pays a cumulative amount once.
-        Raises: StoreError, ChainUnavailable.
+        Dropping one that is mined later costs gas only: the escrow pays a cumulative amount once; it is found and
+        counted here the next time. Raises: StoreError, ChainUnavailable.
         """
-        for row in await self._store.settlements(state="sent"):
-            result = await self._chain.settlement_result(row.transaction)
-            if result is None:
-                await self._store.write(SettlementDropped(row.transaction, reason))
-            else:
+        dropped = await self._store.settlements(state="dropped", limit=LOOK_BACK)
+        for row in (*await self._store.settlements(state="sent"), *dropped):
+            try:
+                result = await self._chain.settlement_result(row.transaction)
+            except ChainUnavailable:
+                raise
+            except ChainError as exc:
+                log.error(
+                    "settlement 0x%s failed in its block, its vouchers are due again: %s", row.transaction.hex(), exc
+                )
+                result, reason = None, str(exc)
+            if result is not None:
                 await self._count(row.transaction, result)
+            elif row.state == "sent":
+                await self._store.write(SettlementDropped(row.transaction, reason))
         self._unresolved = False
 
     async def run(self) -> None:
@@ -107,16 +128,19 @@ class Settler:
 
     async def _send(self, items: list[tuple[Address, Wei, bytes]]) -> Settled:
         prepared = await self._chain.prepare_settlement(self._provider, items)
+        self._unresolved = True  # until its fate is known, also when we are cancelled: looked up before the next one
         await self._store.write(SettlementSent(prepared.transaction, self._provider, prepared.vouchers))
+        crash_point(JOURNALED)
         try:
             settled = await self._chain.send_settlement(prepared)
         except ChainUnavailable:
-            self._unresolved = True  # it may still be mined: looked up before the next one is sent
             raise
         except ChainError as exc:
             await self._store.write(SettlementDropped(prepared.transaction, str(exc)))
             raise
+        crash_point(BROADCAST)
         await self._count(prepared.transaction, settled)
+        self._unresolved = False
         self._last = self._clock.now_ms() // 1000
         return settled
 

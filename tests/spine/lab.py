@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
@@ -219,3 +220,15 @@ async def run(buyer: Buyer, job: JobSpec) -> tuple[list[int], JobDone, list[JobE
 def expected(engine: EngineTwin, seed: Digest, job: JobSpec) -> list[int]:
     """What the twin writes for this seed, undisturbed."""
     return [engine.token(seed, len(job.prompt) + i) for i in range(job.max_tokens)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until it holds; fails after 10 s."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def idle(seller: Seller) -> None:
+    """Until the seller has closed every job in its journal."""
+    await until(lambda: not seller.provider.server.running)

@@ -1,9 +1,8 @@
-"""Who pays what when a stream ends: every row of the termination table, on the twins (tests/faults has them on processes)."""
+"""Who pays what when a stream ends: every row of the termination table on the twins. tests/faults has it on processes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from protocol.errors import Refused
 from protocol.messages import WorkReceipt
 from protocol.units import BPS, INCREMENT_TOKENS, WEI_PER_TALLY, FinishReason, Wei
 from protocol.work import Work
-from tests.spine.lab import Market, Seller, expected, run, spec
+from tests.spine.lab import Market, Seller, expected, idle, run, spec, until
 
 PROMPT_COST = 4 * 10**10
 TOKEN = 10**11
@@ -73,6 +72,7 @@ async def test_cancelled_job_pays_what_was_delivered() -> None:
         await reached.wait()
         await job.aclose()  # type: ignore[attr-defined]
         await buyer.router.stop()
+        await idle(seller)
         paid = await settle(seller)
         delivered = (paid - PROMPT_COST) // TOKEN
         assert len(got) <= delivered <= 40
@@ -100,12 +100,6 @@ async def test_vanished_client_pays_up_to_the_last_acknowledged_increment() -> N
         await until(lambda: not seller.provider.server.running)
         assert await settle(seller) == first_increment
         assert await closed(seller.store, Role.PROVIDER) == [FinishReason.CANCELLED]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_dead_provider_is_paid_to_its_last_receipt_and_another_continues_exactly() -> None:

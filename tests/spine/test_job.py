@@ -7,7 +7,7 @@ import asyncio
 from incentives.ledger import Role
 from node.ports import JobPaid, JobStarted
 from protocol.units import FinishReason
-from tests.spine.lab import Market, expected, run, spec
+from tests.spine.lab import Market, expected, idle, run, spec
 
 
 async def test_a_job_is_served_receipted_paid_and_settled() -> None:
@@ -20,6 +20,7 @@ async def test_a_job_is_served_receipted_paid_and_settled() -> None:
         assert done.cost == 4 * 10**10 + 100 * 10**11
         assert isinstance(events[0], JobStarted)
         assert [e.total for e in events if isinstance(e, JobPaid)][-1] == done.cost
+        await idle(seller)
         settled = await seller.provider.settler.settle_due(everything=True)
         assert settled is not None and settled.paid == done.cost
         assert settled.fee == done.cost * 12 // 100
@@ -35,5 +36,6 @@ async def test_eight_jobs_at_once_share_one_channel() -> None:
         results = await asyncio.gather(*(run(buyer, spec(64 + i)) for i in range(8)))
         total = sum(done.cost for _, done, _ in results)
         assert buyer.accounts.spent == total
+        await idle(seller)
         settled = await seller.provider.settler.settle_due(everything=True)
         assert settled is not None and settled.paid == total

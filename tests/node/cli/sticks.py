@@ -63,7 +63,7 @@ def make_bundle(recipe: Recipe | None = None, domain: Domain = DOMAIN) -> Bundle
         provider=WALLET.address, client=SESSION.address, profile_id=TARIFF.profile_id,
         prompt_hash=Digest(b"\x77" * 32), prompt_tokens=r.prompt_tokens, max_tokens=r.max_tokens,
         temperature_micro=700_000, top_p_micro=950_000, top_k=0, stop_hash=Digest(b"\x78" * 32), tier=r.tier,
-        private=r.private, tariff_hash=digest(domain, TARIFF), price_ceiling=10**17, client_nonce=client_nonce,
+        is_private=r.private, tariff_hash=digest(domain, TARIFF), price_ceiling=10**17, client_nonce=client_nonce,
         provider_commitment=Digest(hashlib.sha256(nonce).digest()), client_box_key=Digest(b"\x79" * 32),
         deadline=NOW_MS + 600_000, parent_job=ZERO_DIGEST, parent_seed=ZERO_DIGEST,
     )  # fmt: skip
