@@ -1,0 +1,132 @@
+"""Hypothesis strategies for what is priced: valid tariffs, usage, timing, and one profile and price sheet to vary."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from protocol.messages import Profile, Tariff
+from protocol.metering import Usage
+from protocol.tariff import MAX_MULTIPLIER_BPS, MAX_PRICE, Timing
+from protocol.units import BPS, MAX_PROMPT_TOKENS, ZERO_ADDRESS, ZERO_DIGEST, Tier
+
+ON_SLOW_CPU: Final = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+"""For properties whose examples may take long on a busy machine: no time limit per example, fewer examples."""
+
+SHEET: Final = Tariff(
+    provider=ZERO_ADDRESS,
+    sequence=1,
+    profile_id=ZERO_DIGEST,
+    prompt_price=1_000,
+    cached_price=100,
+    completion_price=3_000,
+    reasoning_price=4_000,
+    per_request=77,
+    flex_bps=5_000,
+    standard_bps=10_000,
+    priority_bps=20_000,
+    flex_ttft_ms=0,
+    standard_ttft_ms=1_000,
+    priority_ttft_ms=250,
+    flex_tpot_ms=0,
+    standard_tpot_ms=100,
+    priority_tpot_ms=20,
+    flex_refund_bps=0,
+    standard_refund_bps=1_000,
+    priority_refund_bps=5_000,
+    long_context_threshold=32_000,
+    long_context_bps=15_000,
+    privacy_bps=12_000,
+    reserved_discount_bps=0,
+    valid_from=1_700_000_000,
+    valid_until=1_800_000_000,
+)
+
+PROFILE: Final = Profile(
+    **dict.fromkeys(
+        (
+            "weights_root",
+            "tokenizer_hash",
+            "chat_template_hash",
+            "special_policy_hash",
+            "dtype_hash",
+            "kv_dtype_hash",
+            "engine_hash",
+            "sampler_hash",
+        ),
+        ZERO_DIGEST,
+    ),
+    margin_milli=100,
+    flag_ppm=1_000,
+    active_parameters=8_000_000_000,
+    total_parameters=8_000_000_000,
+    body_parameters=7_000_000_000,
+    head_parameters=500_000_000,
+    layers=32,
+    heads=32,
+    head_dim=128,
+    window=0,
+)
+
+tiers = st.sampled_from(Tier)
+prices = st.one_of(st.integers(0, 10**6), st.integers(0, MAX_PRICE), st.just(MAX_PRICE))
+shares = st.integers(0, BPS)
+milliseconds = st.one_of(st.just(0), st.integers(1, 10_000))
+prompt_counts = st.one_of(st.integers(0, 200), st.integers(0, MAX_PROMPT_TOKENS), st.just(MAX_PROMPT_TOKENS))
+
+
+def multipliers(most: int = MAX_MULTIPLIER_BPS) -> st.SearchStrategy[int]:
+    """Basis points, often x1 and often the extremes."""
+    return st.one_of(st.just(min(BPS, most)), st.integers(0, most), st.just(most))
+
+
+@st.composite
+def tariffs(draw: st.DrawFn, least_bps: int = 0) -> Tariff:
+    """Any tariff that `check_tariff` admits. `least_bps`: smallest long-context and privacy multiplier."""
+    context = max(least_bps, draw(multipliers()))
+    privacy = max(least_bps, draw(multipliers(MAX_MULTIPLIER_BPS * BPS // max(BPS, context))))
+    tier_bps = multipliers(MAX_MULTIPLIER_BPS * BPS * BPS // (max(BPS, context) * max(BPS, privacy)))
+    prompt_price = draw(prices)
+    valid_from = draw(st.integers(0, 2**40))
+    names = [f"{tier}_{term}" for tier in ("flex", "standard", "priority") for term in ("ttft_ms", "tpot_ms")]
+    return Tariff(
+        provider=ZERO_ADDRESS,
+        sequence=draw(st.integers(0, 2**64 - 1)),
+        profile_id=ZERO_DIGEST,
+        prompt_price=prompt_price,
+        cached_price=draw(st.integers(0, prompt_price)),
+        completion_price=draw(prices),
+        reasoning_price=draw(prices),
+        per_request=draw(prices),
+        flex_bps=draw(tier_bps),
+        standard_bps=draw(tier_bps),
+        priority_bps=draw(tier_bps),
+        **{name: draw(milliseconds) for name in names},
+        flex_refund_bps=draw(shares),
+        standard_refund_bps=draw(shares),
+        priority_refund_bps=draw(shares),
+        long_context_threshold=draw(prompt_counts),
+        long_context_bps=context,
+        privacy_bps=privacy,
+        reserved_discount_bps=draw(shares),
+        valid_from=valid_from,
+        valid_until=valid_from + draw(st.integers(1, 2**32)),
+    )
+
+
+@st.composite
+def usages(draw: st.DrawFn, prompt: st.SearchStrategy[int] = prompt_counts) -> Usage:
+    """Counts of a job within the protocol's bound on a context."""
+    prompts, completions = draw(prompt), draw(prompt_counts)
+    return Usage(prompts, draw(st.integers(0, prompts)), completions, draw(st.integers(0, completions)))
+
+
+@st.composite
+def timings(draw: st.DrawFn) -> Timing:
+    """Times in order; zero where it has not happened."""
+    received = draw(st.integers(1, 2**41))
+    first = draw(st.one_of(st.just(0), st.integers(received, received + 20_000)))
+    start = max(received, first)
+    return Timing(received, first, draw(st.one_of(st.just(0), st.integers(start, start + 10**6))))
