@@ -197,12 +197,10 @@ class Keeper:
             conn.condemn(f"has {conn.buffered_bytes} bytes unread, more than {muxer.MAX_BUFFERED_BYTES}")
 
     async def _ping(self, conn: muxer.GuardedYamux) -> None:
-        # One that cannot be written is as good as one that is not answered: no more than one waits per connection.
-        if not conn._write_lock.locked():
-            try:
-                await conn.ping()
-            except Exception as exc:  # noqa: BLE001 - the frame loop of that connection reports what is wrong
-                log.debug("no ping to %s: %r", conn.peer_id, exc)
+        try:
+            await conn.ping()
+        except Exception as exc:  # noqa: BLE001 - the frame loop of that connection reports what is wrong
+            log.debug("no ping to %s: %r", conn.peer_id, exc)
 
 
 def install() -> None:

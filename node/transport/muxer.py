@@ -182,6 +182,7 @@ class GuardedYamux(yamux.Yamux):  # type: ignore[misc]
         self.condemned: str | None = None
         self.on_close: Callable[[], Awaitable[None]] | None
         self._ping_id: int
+        self._ping_waits = False
         self._pong = self._ping_event = _Pong()
 
     @property
@@ -262,10 +263,16 @@ class GuardedYamux(yamux.Yamux):  # type: ignore[misc]
         """The keeper pings on its own schedule (see guards.Keeper); the library's 30 s loop is not run."""
 
     async def ping(self) -> None:
-        """Ask for a sign of life. Returns when it was written."""
-        self._ping_id = (self._ping_id + 1) % (1 << 32)
-        self._ping_sent_time = trio.current_time()
-        await self._write_frame(_HEADER.pack(0, yamux.TYPE_PING, yamux.FLAG_SYN, 0, self._ping_id))
+        """Ask for a sign of life. Returns when it was written, or at once while an earlier one still waits for that."""
+        if self._ping_waits:
+            return
+        self._ping_waits = True
+        try:
+            self._ping_id = (self._ping_id + 1) % (1 << 32)
+            self._ping_sent_time = trio.current_time()
+            await self._write_frame(_HEADER.pack(0, yamux.TYPE_PING, yamux.FLAG_SYN, 0, self._ping_id))
+        finally:
+            self._ping_waits = False
 
     async def _write_frame(self, data: bytes) -> None:
         # Shielded: a write cancelled half way leaves half an encrypted message on the wire and breaks every stream of

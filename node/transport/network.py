@@ -15,7 +15,7 @@ import trio
 from libp2p.abc import INotifee
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
-from libp2p.protocol_muxer.exceptions import MultiselectClientError
+from libp2p.protocol_muxer.exceptions import ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from multiaddr import Multiaddr
 
@@ -31,6 +31,9 @@ log = logging.getLogger("tally.transport")
 
 DIAL_STAGGER_S: Final = 0.25
 """Head start of one address of a peer over the next (RFC 8305's connection attempt delay)."""
+
+DYING_S: Final = 0.25
+"""Time between a write that fails and the end of file that tells why, on one and the same socket."""
 
 BOOTSTRAP_DIAL_S: Final = 10.0
 BOOTSTRAP_PAUSES_S: Final = (1.0, 2.0, 5.0, 15.0, 30.0)
@@ -155,13 +158,10 @@ class Network:
             conn, fresh = await self._connection(peer_id, peer.addresses)
             try:
                 return await self._open_on(conn, protocol_id)
-            except MultiselectClientError as exc:
-                raise DialFailed(f"peer {peer.peer_id} does not speak {protocol_id}; nothing was sent") from exc
             except (BaseLibp2pError, OSError, EOFError):
-                if fresh:
+                if fresh or not await _is_dying(conn):
                     raise
-            # The connection we had was dying (the peer restarted, say): once more on a new one.
-            await conn.close()
+            # The peer was restarted, say, and this was the first to notice: once more on a new connection.
             conn, _ = await self._connection(peer_id, peer.addresses)
             return await self._open_on(conn, protocol_id)
 
@@ -170,8 +170,13 @@ class Network:
         done = False
         try:
             negotiator = MultiselectCommunicator(net_stream)
-            await self.host.multiselect_client.select_one_of([protocol_id], negotiator, int(guards.UPGRADE_S))
+            with trio.fail_after(guards.UPGRADE_S):
+                await self.host.multiselect_client.handshake(negotiator)
+                await self.host.multiselect_client.try_select(negotiator, protocol_id)
             done = True
+        except ProtocolNotSupportedError as exc:
+            peer_id = net_stream.muxed_conn.peer_id
+            raise DialFailed(f"peer {peer_id} does not speak {protocol_id}; nothing was sent; ask another") from exc
         finally:
             if not done:
                 self._thread.spawn(net_stream.reset)
@@ -262,6 +267,13 @@ class Network:
                     failures += 1
                     log.info("bootstrap peer %s does not answer (attempt %d): %s", address, failures, exc)
             await trio.sleep(BOOTSTRAP_PAUSES_S[min(failures, len(BOOTSTRAP_PAUSES_S) - 1)])
+
+
+async def _is_dying(conn: Any) -> bool:
+    """Whether a connection on which something failed is itself going; one that is not carries others' streams."""
+    with trio.move_on_after(DYING_S):
+        await conn.muxed_conn.event_shutting_down.wait()
+    return bool(conn.muxed_conn.event_shutting_down.is_set())
 
 
 def _concrete(address: Multiaddr) -> Multiaddr:

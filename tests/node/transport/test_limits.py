@@ -229,6 +229,21 @@ async def test_a_frozen_peer_is_noticed_and_a_killed_one_ends_its_streams(real: 
             await waiting
 
 
+async def test_a_busy_peer_is_not_taken_for_dead(real: Libp2pNet) -> None:
+    client, server = [await real.node(ping_every_s=0.1, dead_after_s=1.0) for _ in range(2)]
+    server.serve(ECHO, echo)
+    end = time.monotonic() + 2.5
+
+    async def talk() -> None:
+        stream = await client.open(where(server), ECHO, DEADLINE_S)
+        while time.monotonic() < end:
+            await stream.send(*[b"x" * 1000] * 5)
+            for _ in range(5):
+                await stream.receive(DEADLINE_S)
+
+    await asyncio.gather(*(talk() for _ in range(20)))
+
+
 async def test_stop_is_prompt_though_a_peer_is_frozen(real: Libp2pNet, peer_process: Any) -> None:
     line = await asyncio.to_thread(peer_process.stdout.readline)
     peer_id, address = line.split()
