@@ -90,7 +90,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, vocab] fp32."""
-        return F.linear(hidden, self._weights.head).float()
+        return self._weights.head(hidden).float()
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Run the batch, writing its keys and values; the final-normed hidden states of all rows, [rows, hidden]."""
@@ -124,9 +124,7 @@ class Decoder:
     ) -> torch.Tensor:
         spec = self.spec
         rotated = spec.heads + spec.kv_heads
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(
-            x.shape[0], -1, spec.head_dim
-        )  # [rows, q + k + v heads, head_dim]
+        qkv = layer.qkv(x).view(x.shape[0], -1, spec.head_dim)  # [rows, q + k + v heads, head_dim]
         if layer.q_norm is not None and layer.k_norm is not None:
             q = self._norm(qkv[:, : spec.heads], layer.q_norm)
             k = self._norm(qkv[:, spec.heads : rotated], layer.k_norm)
@@ -135,7 +133,7 @@ class Decoder:
             qk = qkv[:, :rotated]
         qk = torch.addcmul(qk * cos, qk.roll(spec.head_dim // 2, -1), sin)
         attend.write(kv, qk[:, spec.heads :], qkv[:, rotated:])
-        return F.linear(attend.read(kv, qk[:, : spec.heads]), layer.out, layer.out_bias)
+        return layer.out(attend.read(kv, qk[:, : spec.heads]))
 
 
 class _Attention:
@@ -220,15 +218,15 @@ class _Attention:
 
 
 def _gated(mlp: Gated, x: torch.Tensor) -> torch.Tensor:
-    gate, up = F.linear(x, mlp.gate_up).chunk(2, -1)
-    return F.linear(F.silu(gate) * up, mlp.down)
+    gate, up = mlp.gate_up(x).chunk(2, -1)
+    return mlp.down(F.silu(gate) * up)
 
 
 def _mlp(layer: Layer, moe: MoeSpec | None, x: torch.Tensor) -> torch.Tensor:
     """[rows, hidden] -> [rows, hidden]; with a router, the weighted sum of each row's chosen experts."""
     if layer.router is None or moe is None:
         return _gated(layer.mlps[0], x)
-    scores = F.softmax(F.linear(x, layer.router).float(), -1)
+    scores = F.softmax(layer.router(x).float(), -1)
     weights, chosen = scores.topk(moe.chosen, -1)  # [rows, chosen] each
     if moe.normalise:
         weights = weights / weights.sum(-1, keepdim=True)

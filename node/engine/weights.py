@@ -6,26 +6,64 @@ quantised, truncated or of another model is refused by the name of the tensor, n
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from node.engine.spec import ModelError, ModelSpec, MoeSpec, weight_files
+from node.engine.spec import ModelError, ModelSpec, weight_files
 
 TORCH_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _IGNORED_SUFFIXES: Final = (".rotary_emb.inv_freq",)
+
+
+@functools.cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether this CPU and this torch multiply by matrices that oneDNN has packed.
+
+    The operators are torch's own private ones (its inductor uses them), so they are tried, not assumed.
+    """
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), None)
+        torch.ops.mkldnn._linear_pointwise(torch.zeros(2, 16, dtype=dtype), packed, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+class Linear:
+    """x -> x @ weight.T + bias, with the weight packed for the CPU where that can be done.
+
+    Packed once, it is not packed at every product: 2x as fast for 1 to 16 rows in fp32. And a row of the result is
+    the same bits whatever the other rows are, which plain matrix products are not.
+    """
+
+    __slots__ = ("_bias", "_packed", "_weight")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """`weight`: [out, in]; `bias`: [out]."""
+        self._packed = weight.device.type == "cpu" and _packs(weight.dtype)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packed else weight
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, in] -> [rows, out]."""
+        if self._packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return F.linear(x, self._weight, self._bias)
 
 
 @dataclass(frozen=True, slots=True)
 class Gated:
     """One SiLU-gated MLP: gate and up stacked, [2 * intermediate, hidden]; down, [hidden, intermediate]."""
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +74,23 @@ class Layer:
     """
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
+    qkv: Linear
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    out: torch.Tensor
-    out_bias: torch.Tensor | None
+    out: Linear
     mlp_norm: torch.Tensor
-    router: torch.Tensor | None
+    router: Linear | None
     mlps: tuple[Gated, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A whole model. `embed`: [vocab, hidden]; `head`: the same tensor when tied."""
+    """A whole model. `embed`: [vocab, hidden]. `head`: [vocab, hidden], from the same numbers when tied."""
 
     embed: torch.Tensor
     layers: tuple[Layer, ...]
     norm: torch.Tensor
-    head: torch.Tensor
+    head: Linear
 
 
 class _Reader:
@@ -108,7 +144,7 @@ def load_weights(model_dir: Path, spec: ModelSpec, dtype: str, device: torch.dev
             reader.check_all_used(spec.tied)
     except (SafetensorError, OSError) as exc:
         raise ModelError(f"the weight files of {model_dir} cannot be read ({exc}): download them again") from exc
-    return Weights(embed, layers, norm, head)
+    return Weights(embed, layers, norm, Linear(head))
 
 
 def _layer(reader: _Reader, spec: ModelSpec, index: int) -> Layer:
@@ -127,19 +163,17 @@ def _layer(reader: _Reader, spec: ModelSpec, index: int) -> Layer:
     router, mlps = _mlps(reader, spec, prefix, index)
     return Layer(
         input_norm=reader.take(prefix + "input_layernorm.weight", spec.hidden),
-        qkv=reader.stack({f"{attention}{x}_proj.weight": n for x, n in rows.items()}, spec.hidden),
-        qkv_bias=qkv_bias,
+        qkv=Linear(reader.stack({f"{attention}{x}_proj.weight": n for x, n in rows.items()}, spec.hidden), qkv_bias),
         q_norm=q_norm,
         k_norm=k_norm,
-        out=reader.take(attention + "o_proj.weight", spec.hidden, q_rows),
-        out_bias=out_bias,
+        out=Linear(reader.take(attention + "o_proj.weight", spec.hidden, q_rows), out_bias),
         mlp_norm=reader.take(prefix + "post_attention_layernorm.weight", spec.hidden),
         router=router,
         mlps=mlps,
     )
 
 
-def _mlps(reader: _Reader, spec: ModelSpec, prefix: str, index: int) -> tuple[torch.Tensor | None, tuple[Gated, ...]]:
+def _mlps(reader: _Reader, spec: ModelSpec, prefix: str, index: int) -> tuple[Linear | None, tuple[Gated, ...]]:
     moe = spec.moe
     if moe is None or index in moe.dense_layers:
         names = (f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj", f"{prefix}mlp.down_proj")
@@ -149,11 +183,7 @@ def _mlps(reader: _Reader, spec: ModelSpec, prefix: str, index: int) -> tuple[to
         _gated(reader, _expert_names(f"{block}experts.{i}.", spec), spec.hidden, moe.intermediate)
         for i in range(moe.experts)
     )
-    return _router(reader, block, spec.hidden, moe), experts
-
-
-def _router(reader: _Reader, block: str, hidden: int, moe: MoeSpec) -> torch.Tensor:
-    return reader.take(f"{block}gate.weight", moe.experts, hidden)
+    return Linear(reader.take(f"{block}gate.weight", moe.experts, spec.hidden)), experts
 
 
 def _expert_names(prefix: str, spec: ModelSpec) -> tuple[str, str, str]:
@@ -165,4 +195,4 @@ def _expert_names(prefix: str, spec: ModelSpec) -> tuple[str, str, str]:
 
 def _gated(reader: _Reader, names: tuple[str, str, str], hidden: int, inner: int) -> Gated:
     gate, up, down = (f"{name}.weight" for name in names)
-    return Gated(reader.stack({gate: inner, up: inner}, hidden), reader.take(down, hidden, inner))
+    return Gated(Linear(reader.stack({gate: inner, up: inner}, hidden)), Linear(reader.take(down, hidden, inner)))
