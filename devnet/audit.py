@@ -70,7 +70,7 @@ async def audit_market(
     try:
         accounts = {account.key.provider: account for account in await store.accounts(Role.CLIENT)}
         jobs = await store.jobs(Role.CLIENT, limit=EVERYTHING)
-        finals = await store.receipts(role=Role.CLIENT, final_only=True, limit=EVERYTHING)
+        tokens = await _tokens_paid(store, Role.CLIENT)
     finally:
         await store.close()
     audit.paid_wei = sum(account.vouched for account in accounts.values())
@@ -93,8 +93,7 @@ async def audit_market(
     held = await chain.token_balance(chain.domain.verifying_contract)
     audit.check("TALLY held by the escrow against deposits, earnings and fees", held, escrow)
     audit.check("settled and lost to kills against promised", audit.settled_wei + audit.lost_wei, audit.paid_wei)
-    prompt_and_output = sum(row.receipt.completion_tokens for row in finals)
-    audit.parties.append(Party(client_name, "client", prompt_and_output, 0, audit.paid_wei, 0, 0))
+    audit.parties.append(Party(client_name, "client", tokens, 0, audit.paid_wei, 0, 0))
     return audit
 
 
@@ -106,7 +105,7 @@ async def _audit_provider(audit: Audit, chain: Web3Chain, name: str, home: Path,
         receipts = await store.receipts(role=Role.PROVIDER, limit=EVERYTHING)
         settlements = await store.settlements(limit=EVERYTHING)
         jobs = await store.jobs(Role.PROVIDER, limit=EVERYTHING)
-        tokens = await _tokens_paid(store)
+        tokens = await _tokens_paid(store, Role.PROVIDER)
         held = {account.key.client: account.vouched for account in await store.accounts(Role.PROVIDER)}
     finally:
         await store.close()
@@ -132,10 +131,10 @@ def _sums(mined: Sequence[SettlementRow]) -> tuple[int, int, int]:
     return sum(row.paid for row in mined), sum(row.fee for row in mined), sum(row.gas for row in mined)
 
 
-async def _tokens_paid(store: Store) -> int:
+async def _tokens_paid(store: Store, role: Role) -> int:
     """Output tokens of each job's last acknowledged receipt."""
     last: dict[bytes, int] = {}
-    for row in await store.receipts(role=Role.PROVIDER, limit=EVERYTHING):
+    for row in await store.receipts(role=role, limit=EVERYTHING):
         if row.voucher is not None or row.ack_signature:
             job = row.receipt.job_id
             last[job] = max(last.get(job, 0), row.receipt.completion_tokens)

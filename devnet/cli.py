@@ -220,7 +220,7 @@ def _print_result(result: DemoResult) -> None:
 
     from node.cli.money import tally
 
-    console = Console()
+    console = Console(soft_wrap=True)
     table = Table(title="Who served, earned and paid")
     for column in ("party", "role", "tokens", "earned TALLY", "paid TALLY", "gas"):
         table.add_column(column, justify="left" if column in ("party", "role") else "right")
@@ -229,11 +229,11 @@ def _print_result(result: DemoResult) -> None:
             party["name"],
             party["role"],
             f"{party['tokens']:,}",
-            tally(party["earned"]),
-            tally(party["paid"]),
+            tally(party["earned"]) if party["earned"] else "",
+            tally(party["paid"]) if party["paid"] else "",
             f"{party['gas']:,}" if party["gas"] else "",
         )
-    table.add_row("protocol", "burned", "", tally(result.protocol_fee_wei), "", "")
+    table.add_row("protocol", "fee, burned", "", tally(result.protocol_fee_wei), "", "")
     console.print(table)
     console.print(
         f"{result.jobs_ok} jobs ended well, {result.jobs_cancelled} hung up, {result.jobs_failed} failed;"
