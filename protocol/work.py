@@ -143,8 +143,10 @@ def derive_expected(work: Work, claimed: WorkReceipt, now_ms: int) -> tuple[Work
         raise ReceiptMismatch("finish_reason", claimed.finish_reason, "a known reason") from exc
     if claimed.is_final != (finish is not FinishReason.OPEN):
         raise ReceiptMismatch("is_final", claimed.is_final, finish is not FinishReason.OPEN)
-    if claimed.cached_tokens > claimed.prompt_tokens:
+    if claimed.cached_tokens > work.request.prompt_tokens:
         raise ReceiptMismatch("cached_tokens", claimed.cached_tokens, work.request.prompt_tokens)
+    if work.step and claimed.cached_tokens != work.cached_tokens:  # said once, lest a hit be priced as a miss later
+        raise ReceiptMismatch("cached_tokens", claimed.cached_tokens, work.cached_tokens)
     _check_times(work, claimed, now_ms)
     _check_finish(work, finish, claimed, now_ms)
     ours = replace(work, first_token_at=claimed.first_token_at, cached_tokens=claimed.cached_tokens)
@@ -152,20 +154,23 @@ def derive_expected(work: Work, claimed: WorkReceipt, now_ms: int) -> tuple[Work
 
 
 def _check_times(work: Work, claimed: WorkReceipt, now_ms: int) -> None:
-    """The provider's clock, held against ours: in order, and no further off than CLOCK_SLACK_MS."""
-    if work.step and claimed.first_token_at != work.first_token_at and work.transcript.tokens:
-        raise ReceiptMismatch("first_token_at", claimed.first_token_at, work.first_token_at)
+    """The provider's clock, held against ours: in order, said once, and no further off than CLOCK_SLACK_MS.
+
+    Too early a first token hides that it was late; too late a one hides that those after it were slow.
+    """
     observed = work.first_token_at
+    if work.step and claimed.first_token_at != observed:
+        raise ReceiptMismatch("first_token_at", claimed.first_token_at, observed)
     if bool(claimed.first_token_at) != bool(work.completion_tokens):
         raise ReceiptMismatch("first_token_at", claimed.first_token_at, observed)
     if claimed.first_token_at and not (
-        claimed.received_at <= claimed.first_token_at and observed - claimed.first_token_at <= CLOCK_SLACK_MS
+        work.received_at <= claimed.first_token_at and abs(observed - claimed.first_token_at) <= CLOCK_SLACK_MS
     ):
         raise ReceiptMismatch("first_token_at", claimed.first_token_at, observed)
     if claimed.is_final != bool(claimed.finished_at):
         raise ReceiptMismatch("finished_at", claimed.finished_at, now_ms)
     if claimed.is_final and not (
-        max(claimed.received_at, claimed.first_token_at) <= claimed.finished_at
+        max(work.received_at, claimed.first_token_at) <= claimed.finished_at
         and abs(now_ms - claimed.finished_at) <= CLOCK_SLACK_MS
     ):
         raise ReceiptMismatch("finished_at", claimed.finished_at, now_ms)

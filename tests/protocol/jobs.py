@@ -1,0 +1,132 @@
+"""A job as both sides account for it: drawn by Hypothesis, then played receipt by receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from hypothesis import strategies as st
+
+from protocol.eip712 import Domain, digest
+from protocol.messages import Accept, JobRequest, Tariff, WorkReceipt
+from protocol.units import ZERO_DIGEST, Address, Digest, FinishReason, JobId, Tier, Wei
+from protocol.work import Work
+from tests.protocol.sheets import PROFILE, tariffs, tiers
+
+DOMAIN: Final = Domain(31337, Address(b"\x11" * 20))
+START: Final = 1_750_000_000_000
+DEADLINE: Final = START + 10_000_000
+Row = tuple[int, bytes, bytes]
+
+REQUEST: Final = JobRequest(
+    provider=Address(b"\x21" * 20),
+    client=Address(b"\x22" * 20),
+    profile_id=ZERO_DIGEST,
+    prompt_hash=ZERO_DIGEST,
+    prompt_tokens=100,
+    max_tokens=100,
+    temperature_micro=1_000_000,
+    top_p_micro=1_000_000,
+    top_k=0,
+    stop_hash=ZERO_DIGEST,
+    tier=Tier.STANDARD,
+    is_private=False,
+    tariff_hash=Digest(b"\x23" * 32),
+    price_ceiling=(1 << 96) - 1,
+    client_nonce=ZERO_DIGEST,
+    provider_commitment=ZERO_DIGEST,
+    client_box_key=ZERO_DIGEST,
+    deadline=DEADLINE,
+    parent_job=ZERO_DIGEST,
+    parent_seed=ZERO_DIGEST,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """`frames`: tokens per frame and ms since the last. `lag_ms`: how much later the client hears. `vouched`: wei."""
+
+    request: JobRequest
+    tariff: Tariff
+    cached: int
+    frames: tuple[tuple[tuple[Row, ...], int], ...]
+    finish: FinishReason
+    lag_ms: int
+    vouched: Wei
+
+    def begin(self) -> Work:
+        """Either side's account at acceptance."""
+        job_id = JobId(digest(DOMAIN, self.request))
+        accept = Accept(Digest(job_id), ZERO_DIGEST, ZERO_DIGEST, START)
+        return Work.start(job_id, self.request, self.tariff, PROFILE, accept)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One receipt: the client's account when it arrives, the provider's after it, and the client's clock."""
+
+    client: Work
+    receipt: WorkReceipt
+    provider: Work
+    now_ms: int
+
+
+def play(job: Job) -> Iterator[Stage]:
+    """Every receipt the provider makes; send back the client's account after it. The last is final."""
+    provider = client = job.begin()
+    now = START
+    for rows, pause in job.frames:
+        now += pause
+        while rows and provider.room:
+            if not provider.completion_tokens:
+                provider = replace(provider, cached_tokens=job.cached)
+            part, rows = rows[: provider.room], rows[provider.room :]
+            provider, client = provider.take(part, now), client.take(part, now + job.lag_ms)
+            if provider.room == 0 and len(provider.pending) == 32:
+                provider, receipt = provider.receipt(FinishReason.OPEN, 0, job.vouched)
+                provider = provider.sealed(digest(DOMAIN, receipt))
+                client = yield Stage(client, receipt, provider, now + job.lag_ms)
+    finish = job.finish
+    if provider.completion_tokens == job.request.max_tokens:
+        finish = FinishReason.LENGTH
+    elif finish is FinishReason.DEADLINE:
+        now = DEADLINE
+    provider, receipt = provider.receipt(finish, now, job.vouched)
+    yield Stage(client, receipt, provider.sealed(digest(DOMAIN, receipt)), now + job.lag_ms)
+
+
+rows = st.tuples(st.integers(0, (1 << 32) - 1), st.binary(min_size=2, max_size=2), st.binary(min_size=16, max_size=16))
+endings = st.sampled_from([reason for reason in FinishReason if reason not in (FinishReason.OPEN, FinishReason.LENGTH)])
+
+
+@st.composite
+def jobs(draw: st.DrawFn, sheets: st.SearchStrategy[Tariff] | None = None) -> Job:
+    """Jobs of up to 100 output tokens in frames of any size, over any admitted tariff."""
+    prompt = draw(st.integers(1, 5_000))
+    request = replace(
+        REQUEST,
+        prompt_tokens=prompt,
+        max_tokens=draw(st.integers(1, 100)),
+        tier=draw(tiers),
+        is_private=draw(st.booleans()),
+        client_nonce=Digest(draw(st.binary(min_size=32, max_size=32))),
+    )
+    token = draw(rows)
+    frames = []
+    for size, pause in draw(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 3_000)), max_size=5)):
+        frames.append((tuple(((token[0] + i) % 2**32, token[1], token[2]) for i in range(size)), pause))
+    return Job(
+        request=request,
+        tariff=draw(tariffs() if sheets is None else sheets),
+        cached=draw(st.integers(0, prompt)),
+        frames=tuple(frames),
+        finish=draw(endings),
+        lag_ms=draw(st.integers(0, 2_000)),
+        vouched=Wei(draw(st.integers(0, 1 << 95))),
+    )
+
+
+NO_REFUNDS: Final = tariffs().map(
+    lambda sheet: replace(sheet, flex_refund_bps=0, standard_refund_bps=0, priority_refund_bps=0)
+)

@@ -1,0 +1,320 @@
+"""The work account: both sides reach the same receipts from the same tokens, and no field of one can be bent."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from protocol.eip712 import Domain, digest, fields_of
+from protocol.errors import MalformedFrame, ReceiptMismatch, RemoteProtocolError
+from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
+from protocol.packing import pack, unpack
+from protocol.transcript import Leaf, Transcript
+from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Address, FinishReason, JobId, Tier, Wei
+from protocol.work import CLOCK_SLACK_MS, Work, check_receipt
+from tests.protocol.documents import values
+from tests.protocol.jobs import DEADLINE, DOMAIN, NO_REFUNDS, REQUEST, START, Job, Row, Stage, jobs, play
+from tests.protocol.sheets import ON_SLOW_CPU, SHEET
+
+VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "receipt.json").read_text())
+
+
+def row(number: int) -> Row:
+    return number, b"\x3c\x00", bytes([number % 256]) * 16
+
+
+def stages(job: Job) -> list[Stage]:
+    """Every receipt of a job that an honest client follows."""
+    game, out = play(job), []
+    stage: Stage | None = next(game)
+    while stage is not None:
+        out.append(stage)
+        after, _ = check_receipt(DOMAIN, stage.client, stage.receipt, stage.now_ms)
+        try:
+            stage = game.send(after)
+        except StopIteration:
+            stage = None
+    return out
+
+
+LONG = Job(
+    replace(REQUEST, max_tokens=90),
+    SHEET,
+    cached=40,
+    frames=tuple((tuple(row(first + i) for i in range(20)), 400) for first in (0, 20, 40, 60)),
+    finish=FinishReason.STOP,
+    lag_ms=30,
+    vouched=Wei(5_000),
+)
+"""80 of 90 tokens: interim receipts at 32 and 64, a final one over 16 more."""
+
+
+# --------------------------------------------------------------------------------------------------- both sides agree
+
+
+@ON_SLOW_CPU
+@given(jobs())
+@example(LONG)
+def test_both_accounts_agree_on_every_receipt(job: Job) -> None:
+    previous, step, tokens = ZERO_DIGEST, 0, 0
+    for stage in stages(job):
+        receipt = stage.receipt
+        after, receipt_digest = check_receipt(DOMAIN, stage.client, receipt, stage.now_ms)
+        assert after == stage.provider and receipt_digest == digest(DOMAIN, receipt) == after.previous
+        assert unpack(WorkReceipt, pack(receipt)) == receipt
+        assert (receipt.step, receipt.previous) == (step + 1, previous)
+        assert receipt.is_final or receipt.completion_tokens == tokens + LEAF_TOKENS
+        assert tokens <= receipt.completion_tokens <= job.request.max_tokens
+        previous, step, tokens = receipt_digest, receipt.step, receipt.completion_tokens
+    assert receipt.is_final
+
+
+@ON_SLOW_CPU
+@given(jobs())
+def test_the_leaves_root_is_the_transcript_of_all_tokens(job: Job) -> None:
+    stage = stages(job)[-1]
+    sent = [row for rows, _ in job.frames for row in rows][: job.request.max_tokens]
+    chain = Transcript.start(JobId(digest(DOMAIN, job.request)))
+    for at in range(0, len(sent), LEAF_TOKENS):
+        chain = chain.extend(Leaf.of(sent[at : at + LEAF_TOKENS]))
+    assert stage.receipt.leaves_root == chain.head and stage.receipt.completion_tokens == len(sent)
+
+
+@ON_SLOW_CPU
+@given(jobs(NO_REFUNDS))
+def test_totals_only_grow_when_nothing_is_refunded(job: Job) -> None:
+    totals = [stage.receipt.total for stage in stages(job)]
+    assert totals == sorted(totals)
+
+
+def test_a_promise_missed_at_the_end_lowers_the_total() -> None:
+    slow = replace(LONG, frames=tuple((rows, 9_000) for rows, _ in LONG.frames), tariff=replace(SHEET, per_request=0))
+    slow = replace(slow, tariff=replace(slow.tariff, standard_ttft_ms=0, standard_refund_bps=10_000))
+    totals = [stage.receipt.total for stage in stages(slow)]
+    assert totals[0] > 0 and totals[-1] == 0
+
+
+# ------------------------------------------------------------------------------------------------- no field is believed
+
+PEERS_OWN = {"first_token_at", "finished_at", "finish_reason", "vouched"}
+"""Fields in which an honest provider may say one of several things; their bounds have tests of their own. `vouched` is
+about the channel, not the job: who holds the channel checks it."""
+
+
+@pytest.mark.parametrize("field", [item.name for item in fields(WorkReceipt) if item.name not in PEERS_OWN])
+@settings(ON_SLOW_CPU, max_examples=12)
+@given(job=jobs(), data=st.data())
+def test_an_altered_field_is_refused(field: str, job: Job, data: st.DataObject) -> None:
+    stage = data.draw(st.sampled_from(stages(job)))
+    honest = getattr(stage.receipt, field)
+    value = data.draw(values(dict(fields_of(WorkReceipt))[field]))
+    if data.draw(st.booleans()) and type(honest) is int:
+        value = max(0, honest + data.draw(st.sampled_from([-1, 1])))
+    assume(value != honest)
+    with pytest.raises(ReceiptMismatch) as caught:
+        check_receipt(DOMAIN, stage.client, replace(stage.receipt, **{field: value}), stage.now_ms)
+    assert caught.value.claimed != caught.value.recomputed
+
+
+@ON_SLOW_CPU
+@given(jobs(), st.data())
+def test_a_finish_reason_that_the_account_contradicts_is_refused(job: Job, data: st.DataObject) -> None:
+    stage = data.draw(st.sampled_from(stages(job)))
+    reasons = set(range(256))
+    if stage.receipt.is_final:
+        reasons -= set(FinishReason) - {FinishReason.OPEN}
+        if stage.client.completion_tokens != job.request.max_tokens:
+            reasons.add(FinishReason.LENGTH)
+        if stage.now_ms + CLOCK_SLACK_MS < DEADLINE:
+            reasons.add(FinishReason.DEADLINE)
+    reason = data.draw(st.sampled_from(sorted(reasons - {stage.receipt.finish_reason})))
+    with pytest.raises(ReceiptMismatch):
+        check_receipt(DOMAIN, stage.client, replace(stage.receipt, finish_reason=reason), stage.now_ms)
+
+
+def test_the_cached_count_is_said_once() -> None:
+    """A provider that first tells of a prefix hit may not price the whole prompt in a later receipt."""
+    first, second, final = stages(LONG)
+    for stage in (second, final):
+        for cached in (0, 39, 41, 100):
+            bent = replace(stage.client, cached_tokens=cached)
+            finish = FinishReason(stage.receipt.finish_reason)
+            _, receipt = bent.receipt(finish, stage.receipt.finished_at, Wei(stage.receipt.vouched))
+            with pytest.raises(ReceiptMismatch) as caught:
+                check_receipt(DOMAIN, stage.client, receipt, stage.now_ms)
+            assert caught.value.field == "cached_tokens"
+    assert first.receipt.cached_tokens == 40
+
+
+def test_more_cached_than_the_prompt_is_refused_whatever_prompt_is_claimed() -> None:
+    stage = stages(LONG)[0]
+    bent = replace(stage.receipt, prompt_tokens=500, cached_tokens=400)
+    with pytest.raises(ReceiptMismatch):
+        check_receipt(DOMAIN, stage.client, bent, stage.now_ms)
+
+
+# ------------------------------------------------------------------------------------------------------------ the clock
+
+
+def timed(stage: Stage, **times: int) -> WorkReceipt:
+    """The receipt a provider would make had its clock shown these times."""
+    bent = replace(stage.client, first_token_at=times.get("first_token_at", stage.receipt.first_token_at))
+    bent = replace(bent, cached_tokens=stage.receipt.cached_tokens)
+    finish = FinishReason(stage.receipt.finish_reason)
+    _, receipt = bent.receipt(finish, times.get("finished_at", stage.receipt.finished_at), Wei(stage.receipt.vouched))
+    return receipt
+
+
+@pytest.mark.parametrize("ahead", [-CLOCK_SLACK_MS - 1, CLOCK_SLACK_MS + 1, -(10**9), 10**9])
+def test_a_first_token_time_too_far_from_ours_is_refused(ahead: int) -> None:
+    """Both ways: an early one hides a late first token, a late one hides slow tokens after it."""
+    slow = replace(LONG, frames=tuple((rows, 6_000) for rows, _ in LONG.frames))
+    stage = stages(slow)[0]
+    with pytest.raises(ReceiptMismatch) as caught:
+        receipt = timed(stage, first_token_at=stage.client.first_token_at + ahead)
+        check_receipt(DOMAIN, stage.client, receipt, stage.now_ms)
+    assert caught.value.field == "first_token_at"
+
+
+@pytest.mark.parametrize("ahead", [-CLOCK_SLACK_MS, CLOCK_SLACK_MS])
+def test_a_first_token_time_within_the_slack_is_taken(ahead: int) -> None:
+    slow = replace(LONG, frames=tuple((rows, 6_000) for rows, _ in LONG.frames))
+    stage = stages(slow)[0]
+    receipt = timed(stage, first_token_at=stage.client.first_token_at + ahead)
+    after, _ = check_receipt(DOMAIN, stage.client, receipt, stage.now_ms)
+    assert after.first_token_at == receipt.first_token_at
+
+
+def test_the_first_token_time_is_said_once() -> None:
+    for stage in stages(LONG)[1:]:
+        receipt = timed(stage, first_token_at=stage.receipt.first_token_at + 1)
+        with pytest.raises(ReceiptMismatch) as caught:
+            check_receipt(DOMAIN, stage.client, receipt, stage.now_ms)
+        assert caught.value.field == "first_token_at"
+
+
+@pytest.mark.parametrize("at", [0, START - 1])
+def test_a_first_token_without_a_time_or_before_the_job_is_refused(at: int) -> None:
+    stage = stages(LONG)[0]
+    with pytest.raises(ReceiptMismatch):
+        check_receipt(DOMAIN, stage.client, timed(stage, first_token_at=at), stage.now_ms)
+
+
+def test_a_time_for_a_token_that_never_came_is_refused() -> None:
+    stage = stages(replace(LONG, frames=()))[0]
+    with pytest.raises(ReceiptMismatch):
+        check_receipt(DOMAIN, stage.client, timed(stage, first_token_at=START + 1), stage.now_ms)
+
+
+@pytest.mark.parametrize("ahead", [-CLOCK_SLACK_MS - 1, CLOCK_SLACK_MS + 1, -(10**9), 10**9])
+def test_an_end_too_far_from_ours_is_refused(ahead: int) -> None:
+    stage = stages(LONG)[-1]
+    with pytest.raises(ReceiptMismatch) as caught:
+        check_receipt(DOMAIN, stage.client, timed(stage, finished_at=stage.now_ms + ahead), stage.now_ms)
+    assert caught.value.field == "finished_at"
+
+
+@pytest.mark.parametrize("at", [0, START - 1, START + 1])
+def test_an_end_out_of_order_is_refused(at: int) -> None:
+    stage = stages(LONG)[-1]
+    with pytest.raises(ReceiptMismatch):
+        check_receipt(DOMAIN, stage.client, timed(stage, finished_at=at), stage.now_ms)
+
+
+def test_an_interim_receipt_has_no_end() -> None:
+    stage = stages(LONG)[0]
+    with pytest.raises(ReceiptMismatch):
+        check_receipt(DOMAIN, stage.client, timed(stage, finished_at=stage.now_ms), stage.now_ms)
+
+
+# --------------------------------------------------------------------------------------------------------- increments
+
+
+@ON_SLOW_CPU
+@given(st.integers(1, 200), st.lists(st.integers(0, 200), max_size=10))
+def test_no_frame_overruns_the_leaf_or_max_tokens(max_tokens: int, sizes: list[int]) -> None:
+    work = replace(LONG, request=replace(REQUEST, max_tokens=max_tokens)).begin()
+    for size in sizes:
+        rows = tuple(row(i) for i in range(size))
+        if not 0 < size <= work.room:
+            with pytest.raises(RemoteProtocolError):
+                work.take(rows, START)
+            continue
+        work = work.take(rows, START)
+        assert len(work.pending) <= LEAF_TOKENS and work.completion_tokens <= max_tokens
+        if len(work.pending) == LEAF_TOKENS:
+            work, _ = work.receipt(FinishReason.OPEN, 0, Wei(0))
+
+
+@pytest.mark.parametrize("pending", [0, 1, LEAF_TOKENS - 1])
+def test_an_interim_receipt_comes_only_at_a_full_leaf(pending: int) -> None:
+    work = LONG.begin()
+    if pending:
+        work = work.take(tuple(row(i) for i in range(pending)), START)
+    with pytest.raises(RemoteProtocolError):
+        work.receipt(FinishReason.OPEN, 0, Wei(0))
+
+
+def test_nothing_follows_a_short_leaf() -> None:
+    """A final receipt over a short leaf closes the transcript for good."""
+    work, _ = LONG.begin().take((row(1),), START).receipt(FinishReason.STOP, START, Wei(0))
+    with pytest.raises(MalformedFrame):
+        work.take((row(2),), START).receipt(FinishReason.STOP, START, Wei(0))
+
+
+@ON_SLOW_CPU
+@given(jobs())
+def test_a_step_changes_no_earlier_account(job: Job) -> None:
+    stage = stages(job)[0]
+    again = replace(stage.client)
+    for _ in range(2):
+        check_receipt(DOMAIN, stage.client, stage.receipt, stage.now_ms)
+    assert stage.client == again
+
+
+def test_a_cancelled_job_without_a_token_owes_its_prompt() -> None:
+    stage = stages(replace(LONG, frames=(), finish=FinishReason.CANCELLED, tariff=replace(SHEET, per_request=0)))[0]
+    assert stage.receipt.total == 100 * SHEET.prompt_price and Tier(REQUEST.tier) is Tier.STANDARD
+
+
+# ------------------------------------------------------------------------------------------------------------ vectors
+
+
+def account_of(pre: dict[str, Any]) -> Work:
+    """The account that a vector's documents and increments lead to."""
+    domain = Domain(int(pre["chain_id"]), Address(bytes.fromhex(pre["verifying_contract"])))
+    request = unpack(JobRequest, bytes.fromhex(pre["request"]))
+    work = Work.start(
+        JobId(digest(domain, request)),
+        request,
+        unpack(Tariff, bytes.fromhex(pre["tariff"])),
+        unpack(Profile, bytes.fromhex(pre["profile"])),
+        unpack(Accept, bytes.fromhex(pre["accept"])),
+    )
+    work = replace(work, cached_tokens=pre["cached_tokens"])
+    for number, increment in enumerate(pre["increments"]):
+        leaf = Leaf.from_bytes(bytes.fromhex(increment)) if increment else None
+        work = work.take(tuple(leaf.records()), pre["first_token_at"]) if leaf else work
+        if number + 1 < len(pre["increments"]):
+            work, receipt = work.receipt(FinishReason.OPEN, 0, Wei(int(pre["vouched"])))
+            work = work.sealed(digest(domain, receipt))
+    return work
+
+
+@pytest.mark.parametrize("case", VECTORS, ids=lambda case: case["name"])
+def test_receipt_vectors(case: dict[str, Any]) -> None:
+    pre, given_receipt = case["pre"], case["input"]
+    domain = Domain(int(pre["chain_id"]), Address(bytes.fromhex(pre["verifying_contract"])))
+    work, claimed = account_of(pre), unpack(WorkReceipt, bytes.fromhex(given_receipt["receipt"]))
+    if "post" not in case:
+        with pytest.raises(ReceiptMismatch):
+            check_receipt(domain, work, claimed, given_receipt["now_ms"])
+        return
+    _, receipt_digest = check_receipt(domain, work, claimed, given_receipt["now_ms"])
+    assert receipt_digest.hex() == case["post"]["digest"] and str(claimed.total) == case["post"]["total"]
