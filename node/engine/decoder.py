@@ -4,8 +4,8 @@ A batch packs rows of any streams: first one row for each stream that decodes, t
 prefilled. Every linear map runs once over all rows; only attention knows who is who. A slot holds one stream's keys and
 values; the scheduler keeps occupied slots at the low end, so that decoding reads a view, not a copy.
 
-Kernels round differently with the number of rows, so logits of one stream move in the last bits with its company:
-about 1e-5 in fp32, 1e-1 in bf16.
+Attention rounds differently with the lengths in its company, and prefill differently from decoding: that moves logits
+by about 1e-5 in fp32, 1e-2 in bf16.
 """
 
 from __future__ import annotations

@@ -40,8 +40,9 @@ async def run(engine: TorchEngine, asked: EngineRequest) -> list[int]:
     return [token.token_id async for token in engine.submit(asked)]
 
 
-@pytest.mark.parametrize("name", ["shipped", "llama", "mixtral"])
-@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize(
+    ("name", "schedule"), [("shipped", 0), ("llama", 1), ("llama", 2), ("mixtral", 3), ("qwen3", 4)]
+)
 async def test_no_schedule_changes_the_text(name: str, schedule: int, start_engine: StartEngine) -> None:
     """Streams arrive late, in any order, some are cancelled midway; each of the rest says what it says alone."""
     rng = random.Random(schedule)
@@ -83,7 +84,8 @@ async def test_another_engine_continues_exactly_from_any_cut(name: str, start_en
         left = EngineRequest((*asked.prompt, *whole[:cut]), asked.seed, asked.max_tokens - cut, asked.sampling)
         return await run(second, left)
 
-    for cut, got in enumerate(await asyncio.gather(*map(rest, range(len(whole))))):
+    cuts = range(0, len(whole), 2)
+    for cut, got in zip(cuts, await asyncio.gather(*map(rest, cuts)), strict=True):
         assert whole[:cut] + got == whole
 
 
