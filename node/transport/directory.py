@@ -19,7 +19,7 @@ from libp2p.peer.id import ID
 from libp2p.tools.anyio_service import background_trio_service
 
 from node.ports import PeerAddress
-from node.transport.guards import SafeTasks
+from node.transport.guards import SafeTasks, map_libp2p_errors
 from node.transport.identity import NotOurKey, address_of_peer
 
 log = logging.getLogger("tally.transport")
@@ -88,10 +88,15 @@ class Directory:
 
     async def provide(self, key: bytes) -> None:
         """Tell the peers closest to `key` that we have something to say about it."""
-        await self._dht.provider_store.provide(key)
+        with map_libp2p_errors("a key was not announced; peers still find us by address; it is announced again later"):
+            await self._dht.provider_store.provide(key)
 
     async def find(self, key: bytes, limit: int) -> list[PeerAddress]:
         """Whom the peers closest to `key` name. Asks the network, for the library would answer from what it cached."""
+        with map_libp2p_errors("no peer could be asked for a key; ask again later, or peers already known"):
+            return await self._find(key, limit)
+
+    async def _find(self, key: bytes, limit: int) -> list[PeerAddress]:
         store = self._dht.provider_store
         found = {info.peer_id: info for info in store.get_providers(key)}
         closest = await self._dht.peer_routing.find_closest_peers_network(key)

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
-import trio
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
-from node.transport.guards import SafeTasks
+from node.transport.guards import SafeTasks, map_libp2p_errors
 from node.transport.identity import NotOurKey, address_of_peer
 from protocol.units import MAX_FRAME_BYTES
 
@@ -75,17 +74,18 @@ class Gossip:
         await stack.enter_async_context(background_trio_service(self._router))
         await self.pubsub.wait_until_ready()
 
-    async def join(self, topic: str, nursery: trio.Nursery) -> None:
-        """Subscribe once; messages are delivered from a task of `nursery`."""
+    async def join(self, topic: str, spawn: Callable[..., None]) -> None:
+        """Subscribe once; messages are delivered from a task that `spawn(function, *arguments)` starts."""
         if topic in self._joined:
             return
         self._joined.add(topic)
         self.pubsub.set_topic_validator(topic, self._acceptable, is_async_validator=False)
         subscription = await self.pubsub.subscribe(topic)
-        nursery.start_soon(self._listen, topic, subscription)
+        spawn(self._listen, topic, subscription)
 
     async def publish(self, topic: str, payload: bytes) -> None:
-        await self.pubsub.publish(topic, payload)
+        with map_libp2p_errors(f"a message on {topic} was not published; it is safe to publish it again"):
+            await self.pubsub.publish(topic, payload)
 
     @staticmethod
     def _acceptable(_forwarder: Any, msg: Any) -> bool:

@@ -17,7 +17,7 @@ import trio
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.secp256k1 import Secp256k1PrivateKey
 from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key_pair
-from libp2p.exceptions import BaseLibp2pError, ParseError
+from libp2p.exceptions import ParseError
 from libp2p.host.basic_host import BasicHost
 from libp2p.network import swarm as swarm_module
 from libp2p.network.config import ConnectionConfig, RetryConfig
@@ -34,7 +34,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
-from node.ports import DialFailed, TransportError
+from node.ports import TransportError
 from node.transport import muxer
 
 log = logging.getLogger("tally.transport")
@@ -65,14 +65,14 @@ counts for nobody's death."""
 
 
 @contextmanager
-def map_libp2p_errors(what: str) -> Iterator[None]:
-    """Turn whatever the library raises into DialFailed. `what`: "nothing was sent" in its own words, and what next."""
+def map_libp2p_errors(what: str, error: type[TransportError] = TransportError) -> Iterator[None]:
+    """Turn whatever the library raises into `error`. `what`: what did not happen, what is safe, what to do next."""
     try:
         yield
     except TransportError:
         raise
-    except (BaseLibp2pError, OSError, trio.TooSlowError, ValueError, EOFError) as exc:
-        raise DialFailed(f"{what} ({type(exc).__name__}: {exc})") from exc
+    except Exception as exc:
+        raise error(f"{what} ({type(exc).__name__}: {exc})") from exc
 
 
 class SafeManager:

@@ -82,7 +82,6 @@ class Network:
         self.directory = Directory(self.host)
         self.streams: set[Libp2pStream] = set()
         self._dial_locks: dict[Any, trio.Lock] = {}
-        self._nursery: trio.Nursery | None = None
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -107,8 +106,7 @@ class Network:
             await self.gossip.run(stack)
             await self.directory.run(stack)
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                self.swarm.register_notifee(_Meet(lambda peer_id: nursery.start_soon(self.directory.meet, peer_id)))
+                self.swarm.register_notifee(_Meet(lambda peer_id: self._thread.spawn(self.directory.meet, peer_id)))
                 nursery.start_soon(self.keeper.run)
                 ready(self)
                 try:
@@ -142,15 +140,14 @@ class Network:
         self.host.set_stream_handler(protocol_id, inbound)
 
     async def subscribe(self, topic: str) -> None:
-        if self._nursery is not None:
-            await self.gossip.join(topic, self._nursery)
+        await self.gossip.join(topic, self._thread.spawn)
 
     # ------------------------------------------------------------------------------------------------------ outbound
 
     async def open(self, peer: PeerAddress, protocol_id: str) -> Libp2pStream:
         """Raises: DialFailed. The caller's deadline ends it."""
         what = f"no stream to {peer.peer_id}; nothing was sent; try again later or another peer"
-        with guards.map_libp2p_errors(what):
+        with guards.map_libp2p_errors(what, DialFailed):
             address_of_peer(peer.peer_id)
             peer_id = ID.from_string(peer.peer_id)
             if peer_id == self.host.get_id():
@@ -227,7 +224,7 @@ class Network:
         async def attempt(address: str, over: trio.Event) -> None:
             try:
                 conn = await self.swarm.dial_addr(Multiaddr(address), peer_id)
-            except (BaseLibp2pError, OSError, ValueError, EOFError) as exc:
+            except Exception as exc:  # noqa: BLE001 - the reason is told when no address answers
                 failures.append(f"{address}: {exc}")
             else:
                 won.append(conn)

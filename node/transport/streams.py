@@ -135,9 +135,10 @@ class Libp2pStream:
             self._thread.submit(self.t_close)
 
     async def reset(self) -> None:
+        # After a close too: what was accepted and has not left is then dropped.
         if not self._let_go:
             self._release("the stream was reset here")
-            self._thread.submit(self.t_reset)
+        self._thread.submit(self.t_reset)
 
     def end(self, reason: str) -> None:
         """Nothing more will arrive and nothing more be sent."""

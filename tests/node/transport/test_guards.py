@@ -10,6 +10,7 @@ import contextlib
 import socket
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -298,3 +299,33 @@ async def test_addresses_are_never_every_interface(real: Libp2pNet) -> None:
     ]
     everywhere.serve(ECHO, echo)
     await assert_serves(announced, everywhere)
+
+
+async def test_a_connection_found_dying_is_replaced_by_a_new_one(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = pair
+    network, connection = client._network, client._network._connection
+    dying = SimpleNamespace(muxed_conn=SimpleNamespace(event_shutting_down=SimpleNamespace(is_set=lambda: gone)))
+    asked = 0
+
+    async def new_stream() -> None:
+        raise ConnectionResetError("by the peer, which was restarted")
+
+    async def wait() -> None:
+        return
+
+    async def first_the_dying_one(*args: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return (dying, False) if asked == 1 else await connection(*args)
+
+    dying.new_stream, dying.muxed_conn.event_shutting_down.wait = new_stream, wait
+    monkeypatch.setattr(network, "_connection", first_the_dying_one)
+    gone = True
+    await assert_serves(client, server)
+    assert asked == 2
+    asked, gone = 0, False  # the stream failed, the connection did not: nothing is done to those it carries
+    with pytest.raises(DialFailed):
+        await client.open(where(server), ECHO, DEADLINE_S)
+    assert asked == 1

@@ -184,6 +184,16 @@ async def test_a_peer_who_talks_on_after_we_closed_is_reset(pair: tuple[Any, Any
     await eventually(lambda: stream._muxed.stream_id not in conn.streams)
 
 
+async def test_a_reset_frees_a_stream_with_bytes_unread_at_once(pair: tuple[Any, Any]) -> None:
+    client, server = pair
+    server.serve("/tally/test/pour/1", fill)
+    stream = await client.open(where(server), "/tally/test/pour/1", DEADLINE_S)
+    [conn] = client._network.keeper.connections()
+    await eventually(lambda: conn.buffered_bytes > 0)
+    await stream.reset()
+    await eventually(lambda: stream._muxed.stream_id not in conn.streams and conn.buffered_bytes == 0)
+
+
 # ------------------------------------------------------------------------------------------- frozen and killed peers
 
 
@@ -229,19 +239,46 @@ async def test_a_frozen_peer_is_noticed_and_a_killed_one_ends_its_streams(real: 
             await waiting
 
 
-async def test_a_busy_peer_is_not_taken_for_dead(real: Libp2pNet) -> None:
-    client, server = [await real.node(ping_every_s=0.1, dead_after_s=1.0) for _ in range(2)]
+async def test_a_peer_to_whom_we_write_all_the_time_is_pinged_all_the_same(real: Libp2pNet) -> None:
+    client, server = await real.node(ping_every_s=0.2, dead_after_s=1.0), await real.node()
     server.serve(ECHO, echo)
-    end = time.monotonic() + 2.5
+    stream = await client.open(where(server), ECHO, DEADLINE_S)
 
-    async def talk() -> None:
-        stream = await client.open(where(server), ECHO, DEADLINE_S)
-        while time.monotonic() < end:
-            await stream.send(*[b"x" * 1000] * 5)
-            for _ in range(5):
-                await stream.receive(DEADLINE_S)
+    async def occupy(_network: Any) -> None:
+        """Two writers who leave the connection to each other: there is no moment at which it is free."""
+        import trio
 
-    await asyncio.gather(*(talk() for _ in range(20)))
+        async def write() -> None:
+            while True:
+                async with stream._muxed.conn._write_lock:
+                    await trio.sleep(0.02)
+
+        with trio.move_on_after(2.5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write)
+                nursery.start_soon(write)
+
+    await in_trio(client, occupy)
+    await stream.send(b"still here")
+    assert await stream.receive(DEADLINE_S) == b"still here"
+
+
+async def test_a_pause_of_our_own_is_nobodys_death(real: Libp2pNet) -> None:
+    client, server = await real.node(ping_every_s=0.2, dead_after_s=1.0), await real.node()
+    server.serve(ECHO, echo)
+    stream = await client.open(where(server), ECHO, DEADLINE_S)
+    client._thread.submit(time.sleep, 2.5)  # as a suspended laptop, or a core that something else holds
+    await stream.send(b"still here")
+    assert await stream.receive(DEADLINE_S) == b"still here"
+    await in_trio(client, _one_more_look)
+    assert client.connected() == (server.peer_id,)
+
+
+async def _one_more_look(_network: Any) -> None:
+    """Long enough for the keeper to judge again."""
+    import trio
+
+    await trio.sleep(3 * guards.KEEPER_TICK_S)
 
 
 async def test_stop_is_prompt_though_a_peer_is_frozen(real: Libp2pNet, peer_process: Any) -> None:
