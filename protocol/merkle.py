@@ -2,7 +2,8 @@
 
 A node is (hash, sum); a parent hashes both children with their sums, so no receipt can be left out of the total
 and no total can be inflated without changing the root. Leaves and inner nodes are hashed under different tags
-(second-preimage safe, RFC 6962 2.1); an odd node is carried up unchanged.
+(second-preimage safe, RFC 6962 2.1); an odd node is carried up unchanged. Every hash is 32 bytes and every sum at
+most MAX_AMOUNT, so a sum that is negative or wraps around cannot hide inside the tree.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 
 from eth_hash.auto import keccak
 
-from protocol.units import ZERO_DIGEST, Digest, Wei
+from protocol.errors import FieldOutOfRange
+from protocol.units import MAX_AMOUNT, ZERO_DIGEST, Digest, Wei
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +37,29 @@ EMPTY = SumNode(ZERO_DIGEST, Wei(0))
 
 
 def leaf(receipt: Digest, amount: Wei) -> SumNode:
-    """Leaf of one receipt worth `amount` wei. Raises: ValueError for a negative amount."""
-    if amount < 0:
-        raise ValueError("a receipt cannot be worth less than nothing")
+    """Leaf of one receipt, by its digest, worth `amount` wei.
+
+    Raises: FieldOutOfRange for a digest that is not 32 bytes or an amount that no voucher holds.
+    """
+    if len(receipt) != 32:
+        raise FieldOutOfRange("SumNode", "receipt", receipt)
+    if not 0 <= amount <= MAX_AMOUNT:
+        raise FieldOutOfRange("SumNode", "amount", amount)
     return SumNode(Digest(keccak(b"\0" + receipt + amount.to_bytes(32, "big"))), amount)
 
 
 def _parent(left: SumNode, right: SumNode) -> SumNode:
+    """Raises: FieldOutOfRange for a hash that is not 32 bytes, or a sum below zero or beyond MAX_AMOUNT."""
+    for node in (left, right):
+        if len(node.hash) != 32:
+            raise FieldOutOfRange("SumNode", "hash", node.hash)
+        if node.total < 0:
+            raise FieldOutOfRange("SumNode", "total", node.total)
+    total = Wei(left.total + right.total)
+    if total > MAX_AMOUNT:
+        raise FieldOutOfRange("SumNode", "total", total)
     packed = left.hash + left.total.to_bytes(32, "big") + right.hash + right.total.to_bytes(32, "big")
-    return SumNode(Digest(keccak(b"\1" + packed)), Wei(left.total + right.total))
+    return SumNode(Digest(keccak(b"\1" + packed)), total)
 
 
 def _level_up(level: Sequence[SumNode]) -> list[SumNode]:
@@ -52,7 +68,7 @@ def _level_up(level: Sequence[SumNode]) -> list[SumNode]:
 
 
 def root(leaves: Sequence[SumNode]) -> SumNode:
-    """Root and total of the leaves, in order; EMPTY for none."""
+    """Root and total of the leaves, in order; EMPTY for none. Raises: FieldOutOfRange for a total above MAX_AMOUNT."""
     level = list(leaves)
     while len(level) > 1:
         level = _level_up(level)
@@ -73,10 +89,15 @@ def prove(leaves: Sequence[SumNode], index: int) -> tuple[ProofStep, ...]:
     return tuple(steps)
 
 
-def verify(node: SumNode, proof: Sequence[ProofStep], expected: SumNode) -> bool:
-    """Whether `proof` leads from leaf `node` to the `expected` root and total, with no negative sum on the way."""
-    for step in proof:
-        if step.sibling.total < 0:
-            return False
-        node = _parent(step.sibling, node) if step.sibling_is_left else _parent(node, step.sibling)
+def verify(receipt: Digest, amount: Wei, proof: Sequence[ProofStep], expected: SumNode) -> bool:
+    """Whether `proof` leads from the receipt's leaf to the `expected` root and total, every sum on the way in range.
+
+    The leaf is hashed here, from the receipt's digest: an inner node offered as a leaf is never one.
+    """
+    try:
+        node = leaf(receipt, amount)
+        for step in proof:
+            node = _parent(step.sibling, node) if step.sibling_is_left else _parent(node, step.sibling)
+    except FieldOutOfRange:
+        return False
     return node == expected
