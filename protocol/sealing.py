@@ -37,7 +37,14 @@ class Sealed:
     """One side of a sealed conversation; counts its own messages and the peer's."""
 
     def __init__(self, ours: BoxKey, theirs: bytes, *, we_are_client: bool) -> None:
-        self._box = Box(ours.secret, PublicKey(theirs))
+        """`theirs`: the peer's public key, of its choosing.
+
+        Raises: MalformedFrame when it is not 32 bytes, or a point of low order, whose shared secret anybody knows.
+        """
+        try:
+            self._box = Box(ours.secret, PublicKey(theirs))
+        except (ValueError, RuntimeError) as exc:  # libsodium refuses the point: PyNaCl raises its RuntimeError
+            raise MalformedFrame(f"0x{theirs.hex()} is no box key that keeps a secret") from exc
         self._send, self._receive = (_CLIENT, _PROVIDER) if we_are_client else (_PROVIDER, _CLIENT)
         self._sent = 0
         self._received = 0
