@@ -16,9 +16,10 @@ from protocol.errors import BadSignature, FieldOutOfRange, RemoteProtocolError
 from protocol.frames import OfferEnvelope
 from protocol.messages import Offer, Tariff
 from protocol.packing import pack, unpack
+from protocol.peers import NotOurKey, address_of_peer
 from protocol.signing import Signer, recover_digest, verify
 from protocol.tariff import check_in_force, check_tariff
-from protocol.units import Address, Digest
+from protocol.units import BPS, Address, Digest, Verifiability
 
 MAX_OFFER_LIFE_S: Final = 3600
 """Longest an offer may claim to live. Unit: s. A dead provider is forgotten after that; offers are renewed every
@@ -78,10 +79,10 @@ def check_envelope(domain: Domain, envelope: OfferEnvelope, now_s: int) -> Check
         raise RemoteProtocolError("the offer's tariff is of another provider or profile")
     if tariff_hash != offer.tariff_hash:
         raise RemoteProtocolError("the offer names another tariff than it carries")
+    _check_peer(envelope.peer_id, node_key)
     if text_hash(envelope.model) != offer.model_hash or text_hash(envelope.region) != offer.region_hash:
         raise RemoteProtocolError("the offer's texts are not those it signed")
-    if not now_s < offer.expires_at <= now_s + MAX_OFFER_LIFE_S:
-        raise FieldOutOfRange("Offer", "expires_at", offer.expires_at)
+    _check_offer(offer, now_s)
     check_in_force(tariff, now_s)
     return CheckedOffer(
         offer=offer,
@@ -94,3 +95,23 @@ def check_envelope(domain: Domain, envelope: OfferEnvelope, now_s: int) -> Check
         region=envelope.region,
         envelope=envelope,
     )
+
+
+def _check_peer(peer_id: str, node_key: Address) -> None:
+    """The peer id is not signed, but it is the signing key's other name, so no relay can redirect an offer."""
+    try:
+        known_as = address_of_peer(peer_id)
+    except NotOurKey as exc:
+        raise RemoteProtocolError(f"the offer's {exc}") from exc
+    if known_as != node_key:
+        raise RemoteProtocolError("the offer's peer id is not that of the key which signed it")
+
+
+def _check_offer(offer: Offer, now_s: int) -> None:
+    """Raises: FieldOutOfRange naming the field."""
+    if offer.verifiability not in tuple(Verifiability):
+        raise FieldOutOfRange("Offer", "verifiability", offer.verifiability)
+    if offer.load_bps > BPS:
+        raise FieldOutOfRange("Offer", "load_bps", offer.load_bps)
+    if not now_s < offer.expires_at <= now_s + MAX_OFFER_LIFE_S:
+        raise FieldOutOfRange("Offer", "expires_at", offer.expires_at)
