@@ -7,6 +7,7 @@ is exactly what `encode` gives: no field more, none less.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -17,6 +18,9 @@ from protocol.messages import Accept, JobRequest, Tariff, Voucher, WorkReceipt
 from protocol.units import Address, Digest
 
 FORMAT: Final = "tallystick-bundle/1"
+
+MAX_DEPTH: Final = 8
+"""Deepest nesting of the text. A bundle has five levels; the rest is room for mistakes worth a clearer message."""
 
 T = TypeVar("T")
 
@@ -79,9 +83,10 @@ def document_json(document: Any) -> dict[str, Any]:
 
 def decode(text: str) -> Bundle:
     """The inverse of `encode`; every field must be there, of its type, and nothing else. Raises: MalformedBundle."""
+    _refuse_depth(text)
     try:
         tree = json.loads(text)
-    except (ValueError, RecursionError) as exc:
+    except ValueError as exc:
         raise MalformedBundle("", f"is no JSON ({exc})") from exc
     node = _Node("", tree)
     top = node.object("format", "domain", "node_key", "tariff", "request", "accept", "receipts")
@@ -104,6 +109,18 @@ def decode(text: str) -> Bundle:
         tariff_signature=tariff_signature,
         notches=tuple(item.notch() for item in top["receipts"].items()),
     )
+
+
+def _refuse_depth(text: str) -> None:
+    """Before the parser sees it: where the interpreter's recursion limit was raised, it would overrun the C stack.
+
+    A bundle's strings hold no brackets, so all of them count. Raises: MalformedBundle.
+    """
+    depth = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise MalformedBundle("", "is nested too deeply")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`python -m tests.node.cli.fake_node provider run ...`: the command line over a node that needs no chain.
+"""`python -m tests.node.cli.fake_node provider run ...` (or gateway run): the command line over nodes without a chain.
 
 TALLY_TEST_HANG: `start` never serves, `drain` never finishes stopping, `busy` blocks the event loop while stopping.
 """
@@ -51,6 +51,14 @@ async def fake_app(config: NodeConfig) -> AsyncIterator[Any]:
         (config.home / "drained").touch()
 
 
+@asynccontextmanager
+async def fake_gateway(config: NodeConfig) -> AsyncIterator[Any]:
+    async with fake_app(config) as app:
+        client = SimpleNamespace(wallet=app.wallet, session=app.node_key, transport=app.transport)
+        yield SimpleNamespace(client=client, url=f"http://127.0.0.1:{config.client.gateway_port}/v1")
+
+
 if __name__ == "__main__":
     node.app.provider_app = fake_app  # type: ignore[assignment]
+    node.app.gateway_app = fake_gateway  # type: ignore[assignment]
     cli(prog_name="tally")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
 from incentives.ledger import Role
+from node.cli.routes import journal_routes
+from node.gateway.control import ControlServer
+from node.store.store import SqlStore
 from protocol.bundle import Outcome, verify
 from protocol.bundle_json import decode
 from tests.node.cli.conftest import Tally, furnish
-from tests.node.cli.sticks import Recipe, make_bundle
+from tests.node.cli.sticks import DOMAIN, Recipe, make_bundle
 
 BUNDLE = make_bundle()
 LAST = BUNDLE.notches[-1]
@@ -135,3 +140,31 @@ def test_status_shows_what_the_journal_knows(furnished: Path, tally: Tally) -> N
     assert found["journal"]["last_receipt"]["digest"] == "0x" + LAST.digest.hex()
     text = tally("status").stdout
     assert "no node runs" in text and "TALLY" in text
+
+
+def test_a_running_node_answers_for_its_journal(furnished: Path, tally: Tally) -> None:
+    """The journal is locked while a node runs, so the same commands ask it instead."""
+    ready, done = threading.Event(), threading.Event()
+
+    async def node() -> None:
+        store = SqlStore(furnished / "journal.db")
+        await store.open()
+        server = ControlServer(furnished / "control.sock", journal_routes(store, DOMAIN))
+        await server.start()
+        ready.set()
+        await asyncio.to_thread(done.wait)
+        await server.stop()
+        await store.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(node()))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        (row,) = json.loads(tally("receipts", "list", "--json").stdout)
+        assert row["digest"] == "0x" + LAST.digest.hex()
+        assert tally("receipts", "verify", PREFIX).exit_code == 0
+        missing = tally("receipts", "show", "dead")
+        assert missing.exit_code == 1 and "no receipt's digest" in missing.stderr
+    finally:
+        done.set()
+        thread.join(20)

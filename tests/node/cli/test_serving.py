@@ -25,7 +25,7 @@ class Nodes:
         self.home = home
         self.started: list[Started] = []
 
-    def start(self, *words: str, hang: str = "") -> Started:
+    def start(self, *words: str, hang: str = "", role: str = "provider") -> Started:
         env = {**os.environ, "TALLY_TEST_HANG": hang, "PYTHONUNBUFFERED": "1"}
         command = [
             sys.executable,
@@ -33,7 +33,7 @@ class Nodes:
             "tests.node.cli.fake_node",
             "--home",
             str(self.home),
-            "provider",
+            role,
             "run",
             *words,
         ]
@@ -125,3 +125,19 @@ def test_a_second_node_in_one_home_is_refused(nodes: Nodes) -> None:
     second = nodes.start()
     _, err = second.communicate(timeout=20)
     assert second.returncode == 1 and "another node already runs" in err
+
+
+def test_a_gateway_makes_its_first_key_and_shows_it_once(nodes: Nodes, home: Path) -> None:
+    ready = home / "ready.json"
+    words = ("--port", "8499", "--ready-file", str(ready))
+    first = nodes.start(*words, role="gateway")
+    text = read_until(first, "Ctrl-C")
+    facts = json.loads(ready.read_text())
+    assert facts["url"] == "http://127.0.0.1:8499/v1" and facts["api_key"].startswith("sk-tally-")
+    assert f'curl http://127.0.0.1:8499/v1/models -H "Authorization: Bearer {facts["api_key"]}"' in text
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(20) == 0
+    second = nodes.start(*words, role="gateway")
+    text = read_until(second, "Ctrl-C")
+    assert "api_key" not in json.loads(ready.read_text())
+    assert facts["api_key"] not in text and "Bearer $TALLY_API_KEY" in text
