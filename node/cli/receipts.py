@@ -117,7 +117,7 @@ def verify(ctx: click.Context, digest_or_file: str, as_json: bool) -> None:
         emit({"ok": good, "job_id": "0x" + bundle.job_id.hex(), "checks": listed})
     else:
         click.echo("\n".join(_line(check) for check in checks))
-        verdict = f"{len(bundle.notches)} receipts of job 0x{bundle.job_id.hex()[:12]} hold" if good else "FAILED"
+        verdict = f"job 0x{bundle.job_id.hex()[:12]} holds, receipts: {len(bundle.notches)}" if good else "FAILED"
         click.echo(verdict if bundle.notches else "FAILED: there is no receipt")
     if not good:
         ctx.exit(EXIT_FAILED)
