@@ -23,7 +23,7 @@ prerequisites:
 	  { echo "gmp.h is missing (fastecdsa needs it): apt-get install libgmp-dev"; exit 1; }
 	@echo '#include <Python.h>' | gcc -E $$($(PYTHON) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))') - >/dev/null 2>&1 || \
 	  { echo "Python.h is missing (fastecdsa needs it): apt-get install python3-dev"; exit 1; }
-	@command -v node >/dev/null && node -e 'process.exit(parseInt(process.versions.node) < 20)' || \
+	@command -v node >/dev/null && node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' || \
 	  { echo "Node.js 20 or newer is missing: https://nodejs.org, or apt-get install nodejs npm where that is 20"; exit 1; }
 	@command -v npm >/dev/null || { echo "npm is missing: apt-get install npm"; exit 1; }
 

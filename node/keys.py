@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from node.foreign import tame_py_ecc
 from protocol.errors import TallyError
 from protocol.units import Address
 
@@ -68,6 +69,7 @@ def load(directory: Path, name: str, password: str | bytes) -> Signer:
 
     Raises: KeystoreError (missing, readable by others, corrupted, wrong password).
     """
+    tame_py_ecc()
     from eth_account import Account  # slow to import
 
     from protocol.signing import Signer
@@ -107,6 +109,7 @@ def save(directory: Path, name: str, password: str | bytes, secret: bytes, *, sc
 
     Raises: FileExistsError; KeystoreError (no valid key, empty password, directory open to others, no room).
     """
+    tame_py_ecc()
     from eth_account import Account  # slow to import
 
     from protocol.signing import Signer

@@ -10,8 +10,11 @@ import pytest
 from devnet.anvil import Anvil
 from devnet.deploy import deploy
 from node.chain import Deployment
+from node.foreign import tame_py_ecc
 from tests.twins.chain_lab import LAB_OPTIONS, AnvilLab, MemoryLab
 from tests.twins.wall_clock import WallClock
+
+tame_py_ecc()  # before a test module imports eth_account: a deep document must fail a test, not the interpreter
 
 
 @pytest.fixture(scope="session")

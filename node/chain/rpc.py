@@ -12,6 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
+from node.foreign import tame_py_ecc
 from node.ports import ChainError, ChainUnavailable, Clock
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class Rpc:
     async def start(self) -> None:
         """Make the session; connects to nothing yet."""
         from aiohttp import ClientSession, ClientTimeout, TCPConnector
+
+        tame_py_ecc()
         from web3 import AsyncHTTPProvider, AsyncWeb3
 
         if self._w3 is not None:

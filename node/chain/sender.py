@@ -18,6 +18,7 @@ from node.chain.errors import ContractReverted, OutOfCoin, TransactionReplaced
 from node.chain.fees import Fees, fees_for, gas_limit_up
 from node.chain.rpc import CallReverted, Refusal, Rpc, RpcRefused
 from node.chain.transactions import Call, Receipt, Signed, counts, find_receipt, is_known
+from node.foreign import tame_py_ecc
 from node.ports import ChainError, ChainUnavailable
 from protocol.signing import Signer
 from protocol.units import Address, Digest
@@ -155,6 +156,7 @@ class Sender:
         return body
 
     def _sign(self, call: Call, nonce: int, fees: Fees, gas: int) -> Signed:
+        tame_py_ecc()
         from eth_account import Account
 
         body: dict[str, Any] = {

@@ -17,6 +17,7 @@ from node.cli.failures import CommandFailed
 from node.cli.params import Amount, WalletAddress
 from node.cli.session import Session, emit, hexed, json_option, pass_session
 from node.cli.tables import short, table
+from node.foreign import tame_py_ecc
 from protocol.units import Address, Wei
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def _secret(session: Session, text: str, file_password: Path | None) -> bytes:
             raise CommandFailed(
                 "that is neither a V3 keystore nor 64 hexadecimal digits", kept="no key was changed"
             ) from None
+    tame_py_ecc()
     from eth_account import Account  # slow to import
 
     from node.app import password_of

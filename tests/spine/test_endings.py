@@ -1,4 +1,4 @@
-"""Who pays what when a stream ends: every row of the termination table on the twins. tests/faults has it on processes."""
+"""Who pays what when a stream ends: every row of the termination table on the twins; tests/faults on processes."""
 
 from __future__ import annotations
 

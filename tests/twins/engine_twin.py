@@ -1,4 +1,4 @@
-"""An engine without a model: the next token is a hash of seed and position, so that it is seed-locked like the real one.
+"""An engine without a model: each token is a hash of seed and position, so it is seed-locked like the real one.
 
 What a second provider continues with the parent's seed is what the first would have written, which is all that the
 rest of the node relies on. `pace` is awaited before each token, for tests that need to stop the world at one.
