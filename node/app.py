@@ -96,11 +96,14 @@ async def _key(config: NodeConfig, name: str) -> Signer:
 
 
 @asynccontextmanager
-async def journal(config: NodeConfig) -> AsyncIterator[Store]:
-    """The store alone. Raises: StoreError, also when a node of this home is running."""
+async def journal(config: NodeConfig, *, serving: bool = False) -> AsyncIterator[Store]:
+    """The store alone; backed up when it is opened for `serving`, not when a command only looks.
+
+    Raises: StoreError, also when a node of this home is running.
+    """
     from node.store.store import SqlStore
 
-    store = SqlStore(config.journal)
+    store = SqlStore(config.journal, backups=serving)
     await store.open()
     try:
         yield store
@@ -239,7 +242,7 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
     clock, entropy = SystemClock(), SystemEntropy()
     wallet, node_key = await _key(config, "wallet"), await _key(config, "node")
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(journal(config))
+        store = await stack.enter_async_context(journal(config, serving=True))
         chain = await stack.enter_async_context(_chain(config, wallet, patient=True))
         engine = TorchEngine(wanted.model_dir, wanted.dtype, wanted.slots, threads=wanted.threads or None)
         await engine.start()
@@ -290,7 +293,7 @@ async def client_app(config: NodeConfig) -> AsyncIterator[ClientApp]:
     clock, entropy = SystemClock(), SystemEntropy()
     wallet, session = await _key(config, "wallet"), await _key(config, "session")
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(journal(config))
+        store = await stack.enter_async_context(journal(config, serving=True))
         chain = await stack.enter_async_context(_chain(config, wallet, patient=True))
         # A fresh network identity at every start: a client's peer id need not tie its sessions together.
         transport = _transport(config, entropy.token(32), listen=False)

@@ -51,8 +51,10 @@ class SqlStore:
     learn whether its records were kept, as after a crash. Reads see everything written before they were called.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, backups: bool = True) -> None:
+        """`backups` False: open without one unless a migration needs it, for whoever only wants to look."""
         self.path = path
+        self._backups = backups
         self.commits = 0
         """Write transactions committed since `open`."""
         self._lock = files.Lock(path)
@@ -91,7 +93,9 @@ class SqlStore:
                 with connection.begin():
                     revision = migrate.check_version(connection, self.path)
                 if revision is not None:
-                    self._back_up(needed=not migrate.is_current(revision))
+                    pending = not migrate.is_current(revision)
+                    if self._backups or pending:
+                        self._back_up(needed=pending)
                 with connection.begin():
                     migrate.upgrade(connection)
             self._reader = make_engine(self.path, writer=False)

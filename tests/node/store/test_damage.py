@@ -278,3 +278,12 @@ def test_every_migration_can_be_taken_back() -> None:
         assert inspect(connection).get_table_names() == ["alembic_version"]
         migrate.upgrade(connection)
     engine.dispose()
+
+
+async def test_who_only_looks_pushes_no_backup_out(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    for backups in (True, True, False, False, False, False):
+        store = SqlStore(path, backups=backups)
+        await store.open()
+        await store.close()
+    assert len(list((tmp_path / "backups").iterdir())) == 1
