@@ -4,8 +4,10 @@ Pure: `apply(state, change)` gives the next state and the effects the caller mus
 each tested by a Hypothesis state machine (tests/incentives/test_channel.py):
   I1  vouched <= deposit at the moment a voucher is made or taken
   I2  vouched never falls, and a voucher taken or made covers all that is owed
-  I3  owed + reserved <= deposit when work is taken on: nothing is served past confirmed escrow
+  I3  owed + reserved <= deposit when work is taken on: nothing is served past confirmed escrow, and nothing new is
+      taken on once the payer has asked to leave
   I4  at most one increment per job is delivered beyond what was vouched for
+Equations and symbols: incentives/README.md.
 """
 
 from __future__ import annotations
@@ -40,8 +42,13 @@ class Channel:
 
     @property
     def free(self) -> Wei:
-        """Deposit that neither a receipt nor a running job has a claim on. Negative after an exit was paid out."""
-        return Wei(self.deposit - max(self.owed, self.vouched) - sum(self.reserved.values()))
+        """Deposit that neither a receipt nor a running job has a claim on, so what is vouched beyond `owed` is credit.
+
+        Nothing while the payer leaves, or while vouchers stand that the deposit does not cover. Negative after an
+        exit was paid out.
+        """
+        left = self.deposit - self.owed - sum(self.reserved.values())
+        return Wei(min(0, left) if self.exit_at or self.vouched > self.deposit else left)
 
     @property
     def unclaimed(self) -> Wei:
@@ -79,7 +86,10 @@ class ReceiveVoucher:
 
 @dataclass(frozen=True, slots=True)
 class ActionVouch:
-    """Client: a receipt recomputed and moved a job's total from `before` to `after`; promise it."""
+    """Client: a receipt recomputed and moved a job's total from `before` to `after`; promise it.
+
+    It is paid out of what is reserved for the job; the rest stays reserved.
+    """
 
     job_id: JobId
     before: Wei
@@ -146,11 +156,23 @@ def apply(state: Channel, change: Change) -> Transition:
         case ActionVouch():
             return _vouch(state, change)
         case ActionRelease(job_id):
-            return Transition(replace(state, reserved=_without(state.reserved, job_id)))
+            return Transition(replace(state, reserved=_with(state.reserved, job_id, 0)))
 
 
-def _without(reserved: Mapping[JobId, Wei], job_id: JobId) -> Mapping[JobId, Wei]:
-    return MappingProxyType({job: amount for job, amount in reserved.items() if job != job_id})
+def _with(reserved: Mapping[JobId, Wei], job_id: JobId, amount: int) -> Mapping[JobId, Wei]:
+    """The reservations with this job's at `amount`; nothing is kept for zero."""
+    rest = {job: held for job, held in reserved.items() if job != job_id}
+    return MappingProxyType(rest | ({job_id: Wei(amount)} if amount else {}))
+
+
+def _owed_after(state: Channel, change: ReceiveVoucher | ActionVouch) -> Wei:
+    """Raises: LocalProtocolError when a total is negative, or a job takes back more than the channel owes."""
+    owed = state.owed + change.after - change.before
+    if min(change.before, change.after, owed) < 0:
+        raise LocalProtocolError(
+            f"a job from {change.before} to {change.after} wei in a channel that owes {state.owed}"
+        )
+    return Wei(owed)
 
 
 def _receive_slot(state: Channel, slot: SlotSeen) -> Transition:
@@ -164,27 +186,27 @@ def _receive_slot(state: Channel, slot: SlotSeen) -> Transition:
 def _reserve(state: Channel, job_id: JobId, amount: Wei) -> Transition:
     if amount < 0:
         raise LocalProtocolError("a reservation cannot be negative")
-    others = replace(state, reserved=_without(state.reserved, job_id))
-    if amount > others.free:
+    others = replace(state, reserved=_with(state.reserved, job_id, 0))
+    if amount > max(others.free, state.reserved.get(job_id, 0)):  # keeping or lowering one's own takes nothing on
         raise Overspend(others.deposit - others.free + amount, others.deposit)
-    return Transition(replace(state, reserved=MappingProxyType({**others.reserved, job_id: amount})))
+    return Transition(replace(state, reserved=_with(state.reserved, job_id, amount)))
 
 
 def _receive_voucher(state: Channel, change: ReceiveVoucher) -> Transition:
-    owed = Wei(state.owed + change.after - change.before)
-    vouched = max(state.vouched, change.cumulative)
-    if change.cumulative > state.deposit:
-        raise Overspend(change.cumulative, state.deposit)
+    owed, vouched = _owed_after(state, change), max(state.vouched, change.cumulative)
+    if vouched > state.deposit:
+        raise Overspend(vouched, state.deposit)
     if vouched < owed:
         raise StaleVoucher(change.cumulative, owed)
-    reserved = _without(state.reserved, change.job_id)
+    reserved = _with(state.reserved, change.job_id, 0)
     return Transition(replace(state, owed=owed, vouched=vouched, reserved=reserved), (ReleaseTokens(change.job_id),))
 
 
 def _vouch(state: Channel, change: ActionVouch) -> Transition:
-    owed = Wei(state.owed + change.after - change.before)
+    owed = _owed_after(state, change)
     cumulative = max(state.vouched, owed)
     if cumulative > state.deposit:
         raise Overspend(cumulative, state.deposit)
-    reserved = _without(state.reserved, change.job_id)
+    used = max(0, change.after - change.before)
+    reserved = _with(state.reserved, change.job_id, max(0, state.reserved.get(change.job_id, 0) - used))
     return Transition(replace(state, owed=owed, vouched=cumulative, reserved=reserved), (SendVoucher(cumulative),))

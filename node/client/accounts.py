@@ -137,13 +137,11 @@ class Accounts:
         """
         async with self._lock(provider):
             change = ActionVouch(job_id, before, Wei(receipt.total))
-            step = apply(self.channel(provider), change)
-            voucher = self._voucher(provider, step.effects)
+            voucher = self._voucher(provider, apply(self.channel(provider), change).effects)
             # SPEC 4.5: The client writes a checked receipt and the voucher's amount to disk and syncs before it signs
             await self._store.write(ReceiptVouched(receipt_digest, receipt, receipt_signature, voucher, token_ids))
-            reserved = self.channel(provider).reserved.get(job_id, Wei(0))
-            left = Wei(max(0, reserved - (receipt.total - before)))
-            self._channels[provider] = apply(step.state, ActionReserve(job_id, left)).state if left else step.state
+            # applied anew: a job may have been released while the journal was written
+            self._channels[provider] = apply(self.channel(provider), change).state
         return voucher, self.session.sign(self.domain, voucher)
 
     def _voucher(self, provider: Address, effects: tuple[object, ...]) -> Voucher:
