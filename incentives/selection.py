@@ -13,6 +13,7 @@ from typing import Final
 
 from protocol.messages import Offer, Tariff
 from protocol.metering import Usage
+from protocol.packing import pack
 from protocol.tariff import Timing, cost_up, worst_case_up
 from protocol.units import BPS, Address, Digest, Tier, Wei
 
@@ -85,8 +86,8 @@ def rank(
 ) -> list[Candidate]:
     """Candidates that can take the job, best first. `penalties`: recent failures per provider wallet, >= 0."""
 
-    def tie(candidate: Candidate) -> bytes:
-        return hashlib.sha256(salt + candidate.offer.provider).digest()
+    def tie(candidate: Candidate) -> tuple[bytes, bytes]:
+        return hashlib.sha256(salt + candidate.offer.provider).digest(), pack(candidate.offer)
 
     fit = [candidate for candidate in candidates if rule_out(candidate, needs, now_s) is None]
     return sorted(fit, key=lambda candidate: (_score(candidate, needs, penalties), tie(candidate)))

@@ -41,5 +41,5 @@ def due(channels: Iterable[Channel], now_s: int, last_settled_s: int, policy: Se
     on_time = now_s - last_settled_s >= policy.interval_s
     on_value = sum(payable(channel) for channel in worthy) >= policy.value
     chosen = leaving + (worthy if on_time or on_value else [])
-    chosen.sort(key=lambda channel: (not channel.exit_at, -payable(channel), channel.key.client))
+    chosen.sort(key=lambda channel: (not channel.exit_at, -payable(channel), channel.key.client, channel.key.provider))
     return chosen[:MAX_BATCH]

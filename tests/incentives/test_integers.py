@@ -1,0 +1,72 @@
+"""What decides about money has no floats, and no order that depends on a hash: read off the core's own source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NUMERIC = {"sampling.py", "transcript.py"}
+"""The model's numbers: log-probabilities, noise and projections are floats by nature, and their bits are signed."""
+
+CORE = sorted([*ROOT.glob("protocol/*.py"), *ROOT.glob("incentives/*.py")])
+MONEY = [path for path in CORE if path.name not in NUMERIC]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def floats(tree: ast.AST) -> Iterator[ast.AST]:
+    """Float literals, `float`, true division, and `round`."""
+    for node in ast.walk(tree):
+        literal = isinstance(node, ast.Constant) and isinstance(node.value, float | complex)
+        divided = isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Div)
+        named = isinstance(node, ast.Name) and node.id in ("float", "round", "Decimal")
+        by_name = isinstance(node, ast.Attribute) and node.attr in ("sqrt", "log", "exp", "pow")
+        if literal or divided or named or by_name:
+            yield node
+
+
+def unordered(tree: ast.AST) -> Iterator[ast.AST]:
+    """Loops over a set, or `hash`, whose order differs from one process to the next."""
+    for node in ast.walk(tree):
+        looped = node.iter if isinstance(node, ast.For | ast.comprehension) else None
+        called = isinstance(looped, ast.Call) and isinstance(looped.func, ast.Name) and looped.func.id
+        if isinstance(looped, ast.Set | ast.SetComp) or called in ("set", "frozenset"):
+            yield looped or node
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hash":
+            yield node
+
+
+def places(found: Iterator[ast.AST]) -> list[int]:
+    return [getattr(node, "lineno", 0) for node in found]
+
+
+def test_the_core_was_found() -> None:
+    assert {"tariff.py", "work.py", "channel.py", "selection.py", "settlement.py"} <= {path.name for path in MONEY}
+
+
+@pytest.mark.parametrize("path", MONEY, ids=name)
+def test_no_float_decides_about_money(path: Path) -> None:
+    assert places(floats(ast.parse(path.read_text()))) == []
+
+
+@pytest.mark.parametrize("path", CORE, ids=name)
+def test_no_order_depends_on_a_hash(path: Path) -> None:
+    assert places(unordered(ast.parse(path.read_text()))) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["x = 0.5", "x = a / b", "x = float(a)", "x = round(a)", "a /= 2", "x = math.sqrt(a)"]
+)
+def test_the_search_finds_floats(source: str) -> None:
+    assert places(floats(ast.parse(source)))
+
+
+@pytest.mark.parametrize("source", ["for x in {1, 2}: pass", "[x for x in set(a)]", "x = hash(a)"])
+def test_the_search_finds_unordered_loops(source: str) -> None:
+    assert places(unordered(ast.parse(source)))
