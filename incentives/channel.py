@@ -186,6 +186,7 @@ def _receive_slot(state: Channel, slot: SlotSeen) -> Transition:
 def _reserve(state: Channel, job_id: JobId, amount: Wei) -> Transition:
     if amount < 0:
         raise LocalProtocolError("a reservation cannot be negative")
+    # SPEC 4.11: takes on nothing more once the payer has requested its exit
     others = replace(state, reserved=_with(state.reserved, job_id, 0))
     if amount > max(others.free, state.reserved.get(job_id, 0)):  # keeping or lowering one's own takes nothing on
         raise Overspend(others.deposit - others.free + amount, others.deposit)
@@ -193,6 +194,7 @@ def _reserve(state: Channel, job_id: JobId, amount: Wei) -> Transition:
 
 
 def _receive_voucher(state: Channel, change: ReceiveVoucher) -> Transition:
+    # SPEC 4.6: of several vouchers the highest counts and the order of arrival does not matter
     owed, vouched = _owed_after(state, change), max(state.vouched, change.cumulative)
     if vouched > state.deposit:
         raise Overspend(vouched, state.deposit)

@@ -35,6 +35,7 @@ def due(channels: Iterable[Channel], now_s: int, last_settled_s: int, policy: Se
     def payable(channel: Channel) -> int:
         return min(channel.vouched, channel.deposit) - channel.claimed
 
+    # SPEC 9.2: on a schedule, on value, and at once when a payer requests its exit
     waiting = [channel for channel in channels if payable(channel) > 0]
     leaving = [channel for channel in waiting if channel.exit_at]
     worthy = [channel for channel in waiting if payable(channel) >= policy.dust and not channel.exit_at]

@@ -69,6 +69,7 @@ def check_envelope(domain: Domain, envelope: OfferEnvelope, now_s: int) -> Check
 
     Raises: MalformedFrame, BadSignature, FieldOutOfRange, TariffNotInForce, RemoteProtocolError.
     """
+    # SPEC 6.2: An offer counts only if its signatures, hashes and dates hold
     offer, tariff = unpack(Offer, envelope.offer), unpack(Tariff, envelope.tariff)
     node_key = recover_digest(digest(domain, offer), envelope.signature)
     if node_key is None:
@@ -99,6 +100,7 @@ def check_envelope(domain: Domain, envelope: OfferEnvelope, now_s: int) -> Check
 
 def _check_peer(peer_id: str, node_key: Address) -> None:
     """The peer id is not signed, but it is the signing key's other name, so no relay can redirect an offer."""
+    # SPEC 6.1: The peer id must be that of the node key which signed
     try:
         known_as = address_of_peer(peer_id)
     except NotOurKey as exc:

@@ -57,6 +57,7 @@ class Sealed:
 
     def unseal(self, ciphertext: bytes) -> bytes:
         """Raises: MalformedFrame when it was altered, reordered, or sealed for somebody else."""
+        # SPEC 3.3: a sealed frame that is repeated, reordered or altered does not open
         nonce = self._receive + self._received.to_bytes(23, "big")
         try:
             plaintext: bytes = self._box.decrypt(ciphertext, nonce)

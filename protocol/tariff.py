@@ -104,6 +104,7 @@ def multiplier_of(tariff: Tariff, tier: Tier, prompt_tokens: int, *, private: bo
 
 def promise_missed(tariff: Tariff, tier: Tier, timing: Timing, completion_tokens: int) -> bool:
     """Whether the first token came later than promised or not at all, or at the end the average token was slower."""
+    # SPEC 5.2: A first token that has not come when the job ends is late once its time has passed
     _, ttft_ms, tpot_ms, _ = tier_terms(tariff, tier)
     waited_until = timing.first_token_at or timing.finished_at
     if waited_until and ttft_ms and waited_until - timing.received_at > ttft_ms:

@@ -158,6 +158,7 @@ def _check_times(work: Work, claimed: WorkReceipt, now_ms: int) -> None:
 
     Too early a first token hides that it was late; too late a one hides that those after it were slow.
     """
+    # SPEC 4.4: the first token's time and the cached count the same in every receipt
     observed = work.first_token_at
     if work.step and claimed.first_token_at != observed:
         raise ReceiptMismatch("first_token_at", claimed.first_token_at, observed)

@@ -118,7 +118,7 @@ def test_addresses_are_hints_that_nobody_signed() -> None:
     assert check_envelope(DOMAIN, moved, NOW).addresses == ("/ip4/10.9.9.9/tcp/1",)
 
 
-# ------------------------------------------------------------------------------------------- what was changed on the way
+# ------------------------------------------------------------------------------------------ what was changed on the way
 
 
 @pytest.mark.parametrize("field", [item.name for item in fields(Offer)])
