@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from protocol.errors import FieldOutOfRange, TariffNotInForce
-from protocol.messages import Tariff
+from protocol.messages import JobRequest, Tariff
 from protocol.metering import Usage
-from protocol.units import BPS, MAX_AMOUNT, Tier, Wei
+from protocol.units import BPS, MAX_AMOUNT, FinishReason, Tier, Wei
 
 MULTIPLIER_ONE: Final = BPS**4
 """x1 as the product of four basis-point multipliers."""
@@ -112,6 +112,14 @@ def promise_missed(tariff: Tariff, tier: Tier, timing: Timing, completion_tokens
     if not (timing.finished_at and tpot_ms and completion_tokens > 1):
         return False
     return timing.finished_at - timing.first_token_at > tpot_ms * (completion_tokens - 1)
+
+
+def deadline_missed(request: JobRequest, finish: FinishReason, finished_at: int) -> bool:
+    """Whether the deadline cut the job, or the job went on past it and ended for another reason.
+
+    `finished_at`: Unix ms, 0 while the job runs.
+    """
+    return finish is FinishReason.DEADLINE or finished_at > request.deadline
 
 
 def cost_up(

@@ -15,7 +15,7 @@ from protocol.eip712 import Domain, digest
 from protocol.errors import ReceiptMismatch, RemoteProtocolError
 from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
 from protocol.metering import Usage, ste_micro
-from protocol.tariff import Cost, Timing, cost_up
+from protocol.tariff import Cost, Timing, cost_up, deadline_missed
 from protocol.transcript import Leaf, Transcript
 from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Digest, FinishReason, JobId, Tier, Wei
 
@@ -82,7 +82,7 @@ class Work:
             Tier(self.request.tier),
             self.timing(finished_at),
             private=self.request.is_private,
-            missed_deadline=finish is FinishReason.DEADLINE,
+            missed_deadline=deadline_missed(self.request, finish, finished_at),
         )
 
     def receipt(self, finish: FinishReason, finished_at: int, vouched: Wei) -> tuple[Work, WorkReceipt]:

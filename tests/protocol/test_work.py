@@ -100,6 +100,18 @@ def test_a_promise_missed_at_the_end_lowers_the_total() -> None:
     assert totals[0] > 0 and totals[-1] == 0
 
 
+@pytest.mark.parametrize("finish", [FinishReason.STOP, FinishReason.CANCELLED, FinishReason.DEADLINE])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_deadline_that_passed_is_refunded_whatever_the_job_ended_by(finish: FinishReason, late: bool) -> None:
+    """A provider that goes on past the deadline and then ends for another reason keeps no more than one that stops."""
+    patient = replace(SHEET, standard_ttft_ms=0, standard_tpot_ms=0, standard_refund_bps=10_000, per_request=0)
+    work = replace(LONG, tariff=patient).begin().take((row(1),), START)
+    end = DEADLINE + (1 if late else 0)
+    _, receipt = work.receipt(finish, end, Wei(0))
+    assert (receipt.total == 0) == (late or finish is FinishReason.DEADLINE)
+    check_receipt(DOMAIN, work, receipt, end)
+
+
 # ------------------------------------------------------------------------------------------------- no field is believed
 
 PEERS_OWN = {"first_token_at", "finished_at", "finish_reason", "vouched"}
