@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +71,19 @@ def test_the_search_finds_floats(source: str) -> None:
 @pytest.mark.parametrize("source", ["for x in {1, 2}: pass", "[x for x in set(a)]", "x = hash(a)"])
 def test_the_search_finds_unordered_loops(source: str) -> None:
     assert places(unordered(ast.parse(source)))
+
+
+def test_the_readme_names_tests_that_exist() -> None:
+    """Each invariant says where it is checked; a renamed test takes its line with it."""
+    readme = (ROOT / "incentives" / "README.md").read_text()
+    table = readme[readme.index("## Invariants") :]
+    numbers = re.findall(r"^\| I(\d+) \|", table, re.MULTILINE)
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
+    for row in table.splitlines():
+        if not row.startswith("| I"):
+            continue
+        cited = re.findall(r"`([\w./]+)`", row.rsplit("|", 2)[1])
+        files = [word if "/" in word else f"tests/incentives/{word}" for word in cited if word.endswith(".py")]
+        source = "".join((ROOT / file).read_text() for file in files)
+        names = [part for word in cited if not word.endswith(".py") for part in word.split(".")]
+        assert files and all(re.search(rf"(def|class) {part}\b", source) for part in names), row
