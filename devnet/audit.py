@@ -5,7 +5,7 @@ Reads the journals of stopped nodes and the contracts; nothing here is told by t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,10 @@ class Party:
 
 @dataclass(slots=True)
 class Audit:
-    """The figures of one run, and every sum that did not come out (`broken`, empty when conservation holds)."""
+    """The figures of one run, and every sum that did not come out (`broken`, empty when conservation holds).
+
+    `credit_wei`: vouched beyond what is owed, by refunds that came with a final receipt; the next job uses it up.
+    """
 
     settled_wei: int = 0
     paid_wei: int = 0
@@ -44,6 +47,7 @@ class Audit:
     receipts_signed: int = 0
     receipts_acknowledged: int = 0
     lost_wei: int = 0
+    credit_wei: int = 0
     jobs_closed: int = 0
     jobs_open: int = 0
     parties: list[Party] = field(default_factory=list)
@@ -56,48 +60,59 @@ class Audit:
 
 
 async def audit_market(
-    chain: Web3Chain, providers: Sequence[tuple[str, Path, Address]], client_name: str, client_home: Path
+    chain: Web3Chain, providers: Sequence[tuple[str, Path, Address]], clients: Sequence[tuple[str, Path]]
 ) -> Audit:
-    """Compare the books of one client and its providers with the chain. All nodes must be stopped.
+    """Compare the books of all clients and providers with the chain. All nodes must be stopped.
 
-    `providers`: name, home, wallet. A voucher that a kill -9 took before its provider had it on disk is the one sum
-    that may differ: it is counted in `lost_wei`, the provider's loss of at most one increment for each such kill.
-    Raises: StoreError, ChainError.
+    `providers`: name, home, wallet. `clients`: name, home. A voucher that a kill -9 took before its provider had it on
+    disk is the one sum that may differ: it is counted in `lost_wei`, the provider's loss of at most one increment for
+    each such kill, until the next job on the channel makes it good. Raises: StoreError, ChainError.
     """
     audit = Audit()
-    store = SqlStore(client_home / "journal.db")
-    await store.open()
-    try:
-        accounts = {account.key.provider: account for account in await store.accounts(Role.CLIENT)}
-        jobs = await store.jobs(Role.CLIENT, limit=EVERYTHING)
-        tokens = await _tokens_paid(store, Role.CLIENT)
-    finally:
-        await store.close()
-    audit.paid_wei = sum(account.vouched for account in accounts.values())
-    audit.jobs_closed = sum(job.closed is not None for job in jobs)
-    audit.jobs_open = sum(job.closed is None for job in jobs)
-    audit.check("the client's promises against its jobs' totals", audit.paid_wei, sum(job.owed for job in jobs))
-    audit.check("the client's jobs still open", audit.jobs_open, 0)
+    promised: dict[ChannelKey, Wei] = {}
+    for client_name, home in clients:
+        promised |= await _audit_client(audit, client_name, home)
     escrow = 0
+    for key in promised:
+        slot = await chain.slot(key)
+        escrow += slot.deposit - slot.claimed if slot else 0
     for name, home, wallet in providers:
-        account = accounts.get(wallet)
-        if account is not None:
-            slot = await chain.slot(ChannelKey(wallet, account.key.client))
-            assert slot is not None
-            escrow += slot.deposit - slot.claimed
-            audit.check(
-                f"claimed from the channel with {name} against what was promised", slot.claimed, account.vouched
-            )
-        escrow += await _audit_provider(audit, chain, name, home, wallet)
+        escrow += await _audit_provider(audit, chain, name, home, wallet, promised)
     escrow += audit.protocol_fee_wei
     held = await chain.token_balance(chain.domain.verifying_contract)
     audit.check("TALLY held by the escrow against deposits, earnings and fees", held, escrow)
     audit.check("settled and lost to kills against promised", audit.settled_wei + audit.lost_wei, audit.paid_wei)
-    audit.parties.append(Party(client_name, "client", tokens, 0, audit.paid_wei, 0, 0))
     return audit
 
 
-async def _audit_provider(audit: Audit, chain: Web3Chain, name: str, home: Path, wallet: Address) -> Wei:
+async def _audit_client(audit: Audit, name: str, home: Path) -> dict[ChannelKey, Wei]:
+    """Add one client's books to the audit; returns what it promised on each channel."""
+    store = SqlStore(home / "journal.db")
+    await store.open()
+    try:
+        accounts = await store.accounts(Role.CLIENT)
+        jobs = await store.jobs(Role.CLIENT, limit=EVERYTHING)
+        tokens = await _tokens_paid(store, Role.CLIENT)
+    finally:
+        await store.close()
+    paid = sum(account.vouched for account in accounts)
+    credit = sum(account.vouched - account.owed for account in accounts)
+    open_jobs = sum(job.closed is None for job in jobs)
+    audit.check(f"{name}: promises less credit against its jobs' totals", paid - credit, sum(job.owed for job in jobs))
+    audit.check(f"{name}: jobs still open", open_jobs, 0)
+    if any(account.vouched < account.owed for account in accounts):
+        audit.broken.append(f"{name} owes more than it promised")
+    audit.paid_wei += paid
+    audit.credit_wei += credit
+    audit.jobs_closed += len(jobs) - open_jobs
+    audit.jobs_open += open_jobs
+    audit.parties.append(Party(name, "client", tokens, 0, paid, 0, 0))
+    return {account.key: account.vouched for account in accounts}
+
+
+async def _audit_provider(
+    audit: Audit, chain: Web3Chain, name: str, home: Path, wallet: Address, promised: Mapping[ChannelKey, Wei]
+) -> Wei:
     """Add one provider's books to the audit; returns what it earned and has not collected."""
     store = SqlStore(home / "journal.db")
     await store.open()
@@ -112,6 +127,9 @@ async def _audit_provider(audit: Audit, chain: Web3Chain, name: str, home: Path,
     for session, vouched in held.items():
         slot = await chain.slot(ChannelKey(wallet, session))
         audit.check(f"{name}: claimed against the highest voucher it holds", slot.claimed if slot else 0, vouched)
+    for key, wei in promised.items():
+        if key.provider == wallet:
+            audit.lost_wei += wei - held.get(key.client, 0)
     mined = [row for row in settlements if row.state == "mined"]
     paid, fee, gas = _sums(mined)
     earned = await chain.earned(wallet)

@@ -40,7 +40,10 @@ COIN: Final = 10**19
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """`home`: where everything lies. `slots`: per provider. `settle_interval`: as in the configuration file."""
+    """`home`: where everything lies. `slots`: per provider. `settle_interval`: as in the configuration file.
+
+    `provider_config`: of every provider, `each_config` of the first, second, ... beyond that. `module`: as NodeProcess.
+    """
 
     home: Path
     providers: int = 2
@@ -50,6 +53,9 @@ class ClusterOptions:
     model_dir: Path = MODEL_DIR
     provider_config: dict[str, str] = field(default_factory=dict)
     client_config: dict[str, str] = field(default_factory=dict)
+    each_config: tuple[dict[str, str], ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    module: str = "node"
 
 
 class Cluster:
@@ -84,7 +90,7 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        return {"TALLY_SCRYPT_N": str(SCRYPT_N), "HF_HUB_OFFLINE": "1"}
+        return {"TALLY_SCRYPT_N": str(SCRYPT_N), "HF_HUB_OFFLINE": "1", **self.options.env}
 
     async def _start(self) -> None:
         self._prepare_home()
@@ -101,9 +107,10 @@ class Cluster:
         self.client_wallet = self._make_home("gateway")
         accounts = [wallet.address for wallet in (*self.wallets, self.client_wallet)]
         await fund(self.anvil.rpc_url, self.deployment, self.deployer, clock, accounts, Wei(FUNDS), COIN)
-        for name, port in zip(names, ports, strict=True):
-            self._configure(name, transport={"listen_host": "127.0.0.1", "listen_port": port}, provider=self._sold())
-            node = NodeProcess(name, self.home / name, ["provider", "run"], self.env)
+        for index, (name, port) in enumerate(zip(names, ports, strict=True)):
+            listen = {"listen_host": "127.0.0.1", "listen_port": port}
+            self._configure(name, transport=listen, provider=self._sold(index))
+            node = NodeProcess(name, self.home / name, ["provider", "run"], self.env, self.options.module)
             self.providers.append(node)
             self._stack.push_async_callback(node.stop)
             node.start()
@@ -111,15 +118,28 @@ class Cluster:
         await self._start_gateway()
 
     async def _start_gateway(self) -> None:
+        self.gateway = await self.start_client("gateway")
+
+    async def start_client(self, name: str) -> NodeProcess:
+        """A gateway whose home and wallet exist. Raises: ProcessFailed."""
         peers = [str(node.ready["addresses"][0]) for node in self.providers]
         client = {"gateway_port": self.options.gateway_port, "deposit": "5", **self.options.client_config}
-        self._configure("gateway", transport={"bootstrap": peers}, client=client)
-        self.gateway = NodeProcess("gateway", self.home / "gateway", ["gateway", "run"], self.env)
-        self._stack.push_async_callback(self.gateway.stop)
-        self.gateway.start()
-        await self.gateway.wait_ready()
+        self._configure(name, transport={"bootstrap": peers}, client=client)
+        gateway = NodeProcess(name, self.home / name, ["gateway", "run"], self.env, self.options.module)
+        self._stack.push_async_callback(gateway.stop)
+        gateway.start()
+        await gateway.wait_ready()
+        return gateway
 
-    def _sold(self) -> dict[str, object]:
+    async def add_client(self, name: str, tally: Wei) -> NodeProcess:
+        """One more gateway, whose new wallet gets `tally` wei. Raises: ChainError, ProcessFailed."""
+        wallet = self._make_home(name)
+        clock = SystemClock()
+        await fund(self.anvil.rpc_url, self.deployment, self.deployer, clock, [wallet.address], tally, COIN)
+        return await self.start_client(name)
+
+    def _sold(self, index: int) -> dict[str, object]:
+        each = self.options.each_config
         return {
             "model_dir": str(self.options.model_dir),
             "model_name": MODEL_NAME if self.options.model_dir == MODEL_DIR else "",
@@ -128,6 +148,7 @@ class Cluster:
             "settle_interval": self.options.settle_interval,
             "region": "devnet",
             **self.options.provider_config,
+            **(each[index] if index < len(each) else {}),
         }
 
     def _prepare_home(self) -> None:

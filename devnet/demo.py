@@ -196,7 +196,7 @@ class Demo:
                 (node.name, node.home, wallet.address)
                 for node, wallet in zip(cluster.providers, cluster.wallets, strict=True)
             ]
-            return await audit_market(chain, providers, "gateway", cluster.gateway.home)
+            return await audit_market(chain, providers, [("gateway", cluster.gateway.home)])
         finally:
             await chain.stop()
 

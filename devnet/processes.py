@@ -52,12 +52,18 @@ def free_port() -> int:
 
 
 class NodeProcess:
-    """`tally ...` as a child, with its own data directory. `ready`: what it wrote into its ready file."""
+    """`tally ...` as a child, with its own data directory. `ready`: what it wrote into its ready file.
 
-    def __init__(self, name: str, home: Path, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+    `module`: what is run instead of `node` by tests whose node has a flaw.
+    """
+
+    def __init__(
+        self, name: str, home: Path, arguments: Sequence[str], env: Mapping[str, str], module: str = "node"
+    ) -> None:
         self.name = name
         self.home = home
         self._arguments = list(arguments)
+        self._module = module
         self._env = dict(env)
         self._process: subprocess.Popen[bytes] | None = None
         self.ready: dict[str, Any] = {}
@@ -79,7 +85,7 @@ class NodeProcess:
         """Start it, or start it again. `extra_env`: for this run only."""
         ready_file = self.home / "ready.json"
         ready_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "node", "--home", str(self.home), *self._arguments]
+        command = [sys.executable, "-m", self._module, "--home", str(self.home), *self._arguments]
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, "--ready-file", str(ready_file)],
