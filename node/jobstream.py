@@ -64,10 +64,14 @@ class JobStream:
 
     async def receive(self, timeout_s: float | None = None) -> Frame:
         """The next frame, pings and pongs left out. Raises: StreamEnded, RemoteProtocolError; then and ever after."""
-        try:
-            item = await asyncio.wait_for(self._queue.get(), timeout_s)
-        except TimeoutError as exc:
-            raise StreamEnded(f"the peer sent nothing the job could go on with for {timeout_s:g} s") from exc
+        if self._queue.empty():
+            try:
+                async with asyncio.timeout(timeout_s):  # not wait_for, which starts a task for every frame
+                    item = await self._queue.get()
+            except TimeoutError as exc:
+                raise StreamEnded(f"the peer sent nothing the job could go on with for {timeout_s:g} s") from exc
+        else:
+            item = self._queue.get_nowait()
         if isinstance(item, Exception):
             self._queue.put_nowait(item)
             raise item

@@ -247,6 +247,8 @@ class Attempt:
         Overspend, StoreError.
         """
         frame = await self.talk.receive(self._tools.stall_s)
+        if isinstance(frame, Tokens):  # taken in without waiting for anything, so it cannot stop halfway
+            return [self._on_tokens(frame.sealed)]
         return await whole(self._handle(frame))
 
     async def _handle(self, frame: Frame) -> list[JobEvent]:

@@ -74,6 +74,7 @@ class Delivery:
         self._work = work
         self._client = Address(work.request.client)
         self._rows: list[tuple[int, bytes, bytes]] = []
+        self._enough = 1  # tokens in the buffer that are worth waking `_deliver` for
         self._engine_finish = FinishReason.OPEN
         self._failure: Exception | None = None
         self._wake = asyncio.Event()
@@ -120,7 +121,8 @@ class Delivery:
                     self._work = replace(self._work, cached_tokens=token.cached_tokens)
                 self._rows.append((token.token_id, token.logprob, token.projection))
                 self._engine_finish = token.finish
-                self._wake.set()
+                if len(self._rows) >= self._enough or token.finish is not FinishReason.OPEN:
+                    self._wake.set()
         except Exception as exc:  # noqa: BLE001 - whatever the engine raises ends this job, and only this job
             self._fail(exc)
 
@@ -202,9 +204,11 @@ class Delivery:
 
     async def _tokens_to_send(self, sent_at: float) -> None:
         """Until there are tokens and the last frame is COALESCE_S old, or a leaf is full, or the job must end."""
+        self._enough = 1
         await self._wait(self._until_deadline(), lambda: bool(self._rows) or self._cancelled)
         gather = min(sent_at + COALESCE_S - self._tools.clock.monotonic(), self._until_deadline())
         if self._work.completion_tokens and gather > 0:
+            self._enough = self._work.room
             await self._wait(gather, self._worth_sending)
 
     def _worth_sending(self) -> bool:
@@ -216,11 +220,12 @@ class Delivery:
 
     async def _wait(self, limit_s: float, ready: Callable[[], bool]) -> None:
         """Until `ready()` or the limit. Raises: whatever ended the stream or the engine meanwhile."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, limit_s)):
-                while not (ready() or self._failure):
-                    self._wake.clear()
-                    await self._wake.wait()
+        if not (ready() or self._failure):  # the common case needs no timer
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, limit_s)):
+                    while not (ready() or self._failure):
+                        self._wake.clear()
+                        await self._wake.wait()
         if self._failure:
             raise self._failure
 
