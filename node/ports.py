@@ -451,6 +451,10 @@ class Chain(Protocol):
 
     async def tariff(self, tariff_hash: Digest) -> TariffRecord | None: ...
 
+    async def last_sequence(self, provider: Address, profile_id: Digest) -> int:
+        """The highest tariff sequence in the newest block's log for this wallet and profile; 0 when there is none."""
+        ...
+
     async def token_balance(self, account: Address) -> Wei: ...
 
     async def coin_balance(self, account: Address) -> int:

@@ -167,6 +167,9 @@ class Web3Chain:
     async def tariff(self, tariff_hash: Digest) -> TariffRecord | None:
         return await self._parts.reader.tariff(tariff_hash)
 
+    async def last_sequence(self, provider: Address, profile_id: Digest) -> int:
+        return await self._parts.reader.last_sequence(provider, profile_id)
+
     async def token_balance(self, account: Address) -> Wei:
         return await self._parts.reader.token_balance(account)
 

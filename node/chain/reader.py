@@ -128,6 +128,10 @@ class Reader:
         provider, start, end = await self._call(self._contracts.registry.functions.tariffs(tariff_hash), block)
         return None if _address(provider) == ZERO_ADDRESS else TariffRecord(_address(provider), start, end)
 
+    async def last_sequence(self, provider: Address, profile_id: Digest) -> int:
+        call = self._contracts.registry.functions.lastSequence(checksum(provider), profile_id)
+        return int(await self._call(call, "latest"))
+
     async def epoch_seconds(self) -> int:
         return int(await self._call(self._contracts.registry.functions.epochSeconds(), "latest"))
 

@@ -98,6 +98,9 @@ class MemoryChain:
     async def tariff(self, tariff_hash: Digest) -> TariffRecord | None:
         return self._confirmed().state.tariffs.get(tariff_hash)
 
+    async def last_sequence(self, provider: Address, profile_id: Digest) -> int:
+        return self._latest().state.sequences.get((provider, profile_id), 0)
+
     async def token_balance(self, account: Address) -> Wei:
         return Wei(self._latest().state.tally.get(account, 0))
 

@@ -260,6 +260,18 @@ async def test_a_tariff_is_in_the_log_a_full_epoch_ahead_or_not_at_all(lab: Chai
     assert await node.tariff(ZERO_DIGEST) is None
 
 
+async def test_the_last_tariff_sequence_is_counted_per_wallet_and_profile(lab: ChainLab) -> None:
+    wallet, key = await lab.account(), session(11)
+    node = await lab.node(wallet)
+    await node.register_provider(key.secret, Wei(LAB_OPTIONS.min_stake))
+    sheet = tariff(wallet.address, 3, (await node.head()).timestamp + 10 * LAB_OPTIONS.epoch_seconds)
+    assert await node.last_sequence(wallet.address, sheet.profile_id) == 0
+    await node.log_tariff(sheet, key.sign(lab.domain, sheet))
+    assert await node.last_sequence(wallet.address, sheet.profile_id) == 3
+    assert await node.last_sequence(wallet.address, ZERO_DIGEST) == 0
+    assert await node.last_sequence(key.address, sheet.profile_id) == 0
+
+
 async def test_slots_are_reported_as_they_open_and_change(lab: ChainLab) -> None:
     user, earner, key = await lab.account(), await lab.account(), session(1)
     client, node = await lab.node(user), await lab.node(earner)
