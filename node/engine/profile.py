@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Final
 
 from node.engine.spec import ModelError, ModelSpec, load_spec, read_json, weight_files
+from protocol.card import special_policy_hash
 from protocol.messages import Profile
 from protocol.sampling import SAMPLER_VERSION
 from protocol.units import Digest
 
 ENGINE_VERSION: Final = "tally/engine/torch-decoder/1"
 """Names the arithmetic of decoder.py; its hash is part of the profile. A change that moves logits needs a new name."""
-
-SPECIAL_POLICY: Final = "tally/special-tokens/content-never-encodes-control-tokens/1"
-"""User text is encoded with control tokens disabled: a `<|im_end|>` somebody typed is plain text, and billed so."""
 
 MARGIN_MILLI: Final = 100
 """A margin above 0.1 logits flags a token. Unit: logits x 1000."""
@@ -37,6 +35,7 @@ Measured on the 4M demo model, T = 0.8, top-p 0.95: between batch sizes and cuts
 changed one in 200 (margin at most 0.04 logits, so honest all the same), and so a quarter of continued texts. Doubling
 it doubles the memory of the largest such model."""
 
+_SPECIAL: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
 _CHUNK: Final = 1 << 20
 
 
@@ -72,7 +71,7 @@ def profile_of(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Pro
         weights_root=_weights_root(model_dir),
         tokenizer_hash=_tokenizer_hash(model_dir),
         chat_template_hash=Digest(_sha256(chat_template(model_dir).encode())),
-        special_policy_hash=Digest(_sha256(SPECIAL_POLICY.encode())),
+        special_policy_hash=special_policy_hash(special_tokens(model_dir), spec.eos_ids),
         dtype_hash=kind,
         kv_dtype_hash=kind,
         engine_hash=Digest(_sha256(ENGINE_VERSION.encode())),
@@ -135,3 +134,19 @@ def chat_template(model_dir: Path) -> str:
     path = model_dir / "tokenizer_config.json"
     template = read_json(path, "download it").get("chat_template") if path.exists() else None
     return template if isinstance(template, str) else ""
+
+
+def special_tokens(model_dir: Path) -> dict[str, str]:
+    """Names to texts, from tokenizer_config.json; a token may be a string or an object with its content.
+
+    Raises: ModelError.
+    """
+    path = model_dir / "tokenizer_config.json"
+    config = read_json(path, "download it") if path.exists() else {}
+    out = {}
+    for name in _SPECIAL:
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            out[name] = text
+    return out

@@ -11,6 +11,7 @@ import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from node.ports import EngineFull, EngineRequest, EngineStats, EngineToken
+from protocol.card import special_policy_hash
 from protocol.messages import Profile
 from protocol.units import ZERO_DIGEST, FinishReason
 
@@ -18,12 +19,12 @@ EOS = 2
 
 
 def profile(name: bytes = b"twin") -> Profile:
-    """A small, valid profile; `name` makes it another one."""
+    """A small, valid profile of a model without special tokens that stops at EOS; `name` makes it another one."""
     return Profile(
         weights_root=hashlib.sha256(name).digest(),
         tokenizer_hash=hashlib.sha256(b"{}").digest(),
         chat_template_hash=hashlib.sha256(b"").digest(),
-        special_policy_hash=ZERO_DIGEST,
+        special_policy_hash=special_policy_hash({}, (EOS,)),
         dtype_hash=ZERO_DIGEST,
         kv_dtype_hash=ZERO_DIGEST,
         engine_hash=ZERO_DIGEST,

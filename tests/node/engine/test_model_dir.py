@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
@@ -15,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from node.engine.card import load_card
 from node.engine.decoder import kv_bytes_per_token
 from node.engine.engine import TorchEngine, context_that_fits
 from node.engine.profile import profile_of, resolve_dtype
 from node.engine.spec import ModelError, load_spec
 from node.engine.weights import load_weights
+from protocol.card import special_policy_hash
 from tests.node.engine import models
 from tests.node.engine.conftest import StartEngine
 
@@ -124,6 +127,16 @@ def test_profile_changes_with_whatever_changes_a_token(copied: Path) -> None:
     assert dataclasses.replace(after, weights_root=before.weights_root) == before != after
     edit(copied / "tokenizer_config.json", chat_template="other")
     assert profile_of(copied, "fp32").chat_template_hash != before.chat_template_hash
+    edit(copied / "tokenizer_config.json", bos_token={"content": "<other>"})
+    assert profile_of(copied, "fp32").special_policy_hash != before.special_policy_hash
+
+
+def test_card_has_what_its_profile_binds(copied: Path) -> None:
+    profile = profile_of(copied)
+    card = load_card(copied, "m", profile, 64)
+    assert special_policy_hash(card.special, card.eos_ids) == profile.special_policy_hash
+    assert hashlib.sha256(card.tokenizer_json).digest() == profile.tokenizer_hash
+    assert hashlib.sha256(card.chat_template.encode()).digest() == profile.chat_template_hash
 
 
 def test_parameter_counts_equal_transformers(model_dir: Callable[[str], Path]) -> None:
