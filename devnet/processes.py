@@ -81,6 +81,11 @@ class NodeProcess:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs; the negative signal number when one killed it."""
+        return None if self._process is None else self._process.poll()
+
     def start(self, **extra_env: str) -> None:
         """Start it, or start it again. `extra_env`: for this run only."""
         ready_file = self.home / "ready.json"

@@ -238,20 +238,29 @@ class ProcessStage:
         self.node(step.who).kill()
 
     async def act_restart(self, step: v.Restart) -> None:
-        node = self.node(step.who)
-        node.start()
+        await self.restart(step.who)
+
+    async def restart(self, who: str, **env: str) -> None:
+        """Start `who` again and wait until others can use it. Raises: ProcessFailed."""
+        node, before = self.node(who), 0
+        if who in self.providers:
+            before = await self._offered_until(who)
+        node.start(**env)
         await node.wait_ready()
-        if step.who in self.clients:
-            self._take_client(step.who, node)
+        if who in self.clients:
+            self._take_client(who, node)
             return
-        oldest = int(time.time()) + 1800 - 10  # an offer made since the restart lives at least until then
-        wallet = "0x" + self.wallets[step.who].address.hex()
 
         async def known() -> bool:
-            offers = (await self._call(v.CLIENT, "market"))["offers"]
-            return any(o["provider"] == wallet and o["expires_at"] > oldest for o in offers)
+            return await self._offered_until(who) > before
 
-        await self._eventually(f"the client knows the new offer of {step.who}", known)
+        await self._eventually(f"the client knows the new offer of {who}", known)
+
+    async def _offered_until(self, who: str) -> int:
+        """When the offer of `who` that the client knows expires; Unix seconds, 0 for none."""
+        wallet = "0x" + self.wallets[who].address.hex()
+        offers = (await self._call(v.CLIENT, "market"))["offers"]
+        return max((int(offer["expires_at"]) for offer in offers if offer["provider"] == wallet), default=0)
 
     async def act_freeze(self, step: v.Freeze) -> None:
         self.node(step.who).signal(signal.SIGSTOP)
