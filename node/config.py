@@ -208,7 +208,7 @@ KEYS: Final = (
     Key("provider.stake", tally, "100", "TALLY to hold as stake in the Registry"),
     Key("provider.settle_interval", duration, "10m", "longest time between settlements"),
     Key("provider.settle_value", tally, "1", "TALLY due in all that make a settlement worth it at once"),
-    Key("provider.settle_dust", tally, "0.0001", "TALLY below which a channel waits, unless its payer leaves"),
+    Key("provider.settle_dust", tally, "0.0001", "TALLY below which a channel waits, unless its payer's exit is near"),
     Key("provider.drain", duration, "30s", "time that running jobs get to end when the node stops"),
     Key("provider.region", text, "", "where the machine stands, as told in the offer"),
     Key("provider.retention_hours", count(0, 24 * 366), 0, "hours that content may be kept, as told in the offer"),

@@ -1,4 +1,4 @@
-"""When to settle: who leaves goes first and always, dust waits, and the order is nobody's luck."""
+"""When to settle: who leaves goes first, dust waits until an exit is near, and the order is nobody's luck."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from incentives.channel import Channel
 from incentives.ledger import ChannelKey
-from incentives.settlement import MAX_BATCH, SettlePolicy, due
+from incentives.settlement import LEAVING_MARGIN_S, MAX_BATCH, SettlePolicy, due
 from protocol.units import Wei
 from tests.incentives.samples import address, channel
 from tests.protocol.sheets import ON_SLOW_CPU
@@ -25,7 +25,7 @@ def markets(draw: st.DrawFn, most: int = 30) -> list[Channel]:
     out = []
     for client in range(draw(st.integers(0, most))):
         deposit = draw(wei)
-        leaving = draw(st.sampled_from([0, 0, 1_800_000_000]))
+        leaving = draw(st.sampled_from([0, 0, 1, LEAVING_MARGIN_S + 100, 1_800_000_000]))
         claimed = draw(st.integers(0, deposit))
         out.append(channel(client, deposit=deposit, claimed=claimed, vouched=draw(wei), exit_at=leaving))
     return out
@@ -39,11 +39,17 @@ def payable(one: Channel) -> int:
     return min(one.vouched, one.deposit) - one.claimed
 
 
+def exit_is_near(one: Channel, now_s: int) -> bool:
+    return one.exit_at > 0 and one.exit_at < now_s + LEAVING_MARGIN_S
+
+
 @ON_SLOW_CPU
 @given(markets(), times, policies)
 def test_who_leaves_is_settled_first_and_always(channels: list[Channel], elapsed: int, policy: SettlePolicy) -> None:
+    """Whatever it is worth when the exit is near; before, only dust waits."""
     chosen = due(channels, elapsed, 0, policy)
-    leaving = {one.key for one in channels if one.exit_at and payable(one) > 0}
+    least = {one.key: 1 if exit_is_near(one, elapsed) else max(1, policy.dust) for one in channels}
+    leaving = {one.key for one in channels if one.exit_at and payable(one) >= least[one.key]}
     assert {one.key for one in chosen[: len(leaving)]} == leaving
 
 
@@ -63,7 +69,7 @@ def test_the_rest_is_settled_on_schedule_or_on_value(
 def test_only_what_the_deposit_can_pay_is_sent(channels: list[Channel], elapsed: int, policy: SettlePolicy) -> None:
     for one in due(channels, elapsed, 0, policy):
         assert one.claimed < min(one.vouched, one.deposit)
-        assert one.exit_at or payable(one) >= policy.dust
+        assert exit_is_near(one, elapsed) or payable(one) >= policy.dust
 
 
 @ON_SLOW_CPU
@@ -106,7 +112,10 @@ def test_a_batch_holds_so_many_and_who_leaves_is_among_them() -> None:
         (channel(1, deposit=2_000, vouched=5_000, claimed=1_500), 0, False),  # only 500 are covered
         (channel(1, deposit=100, vouched=49), 9_999, False),  # dust
         (channel(1, deposit=100, vouched=50), 9_999, True),
-        (channel(1, deposit=100, vouched=1, exit_at=9), 0, True),  # dust, but its payer leaves
+        (channel(1, deposit=100, vouched=50, exit_at=10**6), 0, True),  # its payer leaves
+        (channel(1, deposit=100, vouched=49, exit_at=LEAVING_MARGIN_S), 0, False),  # dust, and there is time
+        (channel(1, deposit=100, vouched=1, exit_at=LEAVING_MARGIN_S), 1, True),  # dust, but its payer is almost gone
+        (channel(1, deposit=100, vouched=1, exit_at=9), 99, True),  # the payer may go at any moment
         (channel(1, deposit=100, vouched=60, claimed=60, exit_at=9), 9_999, False),  # nothing left to settle
         (channel(1, deposit=60, vouched=90, claimed=60), 9_999, False),  # above the deposit nothing is paid
     ],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from incentives.ledger import ChannelKey, Role
-from incentives.settlement import SettlePolicy
+from incentives.settlement import LEAVING_MARGIN_S, SettlePolicy
 from protocol.units import WEI_PER_TALLY, Wei
 from tests.spine.lab import Buyer, Market, Seller, run, spec, until
+from tests.twins.memory_ledger import MemoryLedgerChain
 
 NEVER = 10**9
 
@@ -47,8 +50,9 @@ async def test_settles_on_schedule() -> None:
         await until(lambda: seller.provider.settler.totals.paid == done.cost)
 
 
-async def test_dust_waits_unless_its_payer_leaves() -> None:
-    async with Market() as market:
+async def test_dust_waits_unless_its_payer_s_exit_is_near() -> None:
+    world = MemoryLedgerChain(epoch_seconds=0, exit_delay=LEAVING_MARGIN_S - 60, timestamp=int(time.time()) - 5)
+    async with Market(world) as market:
         seller = await market.seller(policy=SettlePolicy(0, Wei(1), Wei(WEI_PER_TALLY)))
         buyer = await market.buyer()
         await run(buyer, spec(10))
