@@ -1,7 +1,8 @@
 """The provider's price sheet and offer: signed, logged on chain, renewed, and served under from then on.
 
 A tariff is persisted before it is signed and never changed under one sequence number; changed prices make the next
-one, which the chain lets into force a full epoch after it is logged, so no payer is surprised.
+one, which the chain lets into force a full epoch after it is logged, so no payer is surprised. It is offered once it is
+in the chain's log and not before; one that came too late for the log is abandoned, its sequence number with it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
-from node.ports import Chain, Clock, Directory, Engine, Entropy, Store, Transport
+from node.ports import Chain, ChainError, ChainUnavailable, Clock, Directory, Engine, Entropy, Store, Transport
 from node.provider.admission import Terms
 from protocol.eip712 import digest
 from protocol.messages import Offer, Tariff
@@ -34,11 +35,16 @@ BOX_KEY_LIFE_S: Final = 3600
 """How long one box key is offered. Unit: s. Then it still opens prompts sealed to older offers until the next change,
 and is gone: content captured before that cannot be opened by whoever takes the machine later."""
 
-BLOCK_MARGIN_S: Final = 2
-"""Added to the epoch's delay: the block that logs the tariff may be a little later than the one we looked at."""
+MIN_MARGIN_S: Final = 2
+"""Added to the epoch's delay, or half an epoch where that is more. Unit: s. The block that logs the tariff comes later
+than the one we looked at; whoever deploys the registry chooses an epoch that spans many blocks."""
 
-_KEY = "provider/tariff"
-_LOGGED = "provider/tariff_logged"
+MARGIN_GROWTH: Final = 4
+"""Each further try has so many times the margin, for chains whose blocks are slower than that."""
+
+LOG_ATTEMPTS: Final = 4
+"""Tries to log a tariff in time. With an epoch of 60 s the last has a margin of half an hour."""
+
 _SEQUENCE = "provider/offer_sequence"
 
 
@@ -114,40 +120,81 @@ class Offering:
 
         Raises: ChainError, StoreError.
         """
-        stored = await self._stored()
-        now = self._clock.now_ms() // 1000
-        if stored is not None:
-            await self._admit(stored)
-        if stored is None or not self._same_prices(stored) or stored.valid_until - now < TARIFF_RENEW_S:
-            head = await self._chain.head()
-            start = max(now, head.timestamp) + await self._chain.epoch_seconds() + BLOCK_MARGIN_S
-            sequence = stored.sequence + 1 if stored else 1
-            stored = replace(self._wanted, sequence=sequence, valid_from=start, valid_until=start + TARIFF_LIFE_S)
-            await self._store.put_value(_KEY, pack(stored))
-            await self._admit(stored)
-        tariff_hash = digest(self._chain.domain, stored)
-        if await self._chain.tariff(tariff_hash) is None:
-            await self._chain.log_tariff(stored, self._signer.sign(self._chain.domain, stored))
-        await self._store.put_value(_LOGGED, tariff_hash)
-        return stored.valid_from
+        logged = await self._load("logged")
+        if logged is not None and await self._chain.tariff(digest(self._chain.domain, logged)) is not None:
+            await self._admit(logged)
+        for attempt in range(LOG_ATTEMPTS):
+            tariff = await self._loggable(MARGIN_GROWTH**attempt)
+            if await self._log(tariff, last_try=attempt == LOG_ATTEMPTS - 1):
+                await self._store.put_value(self._slot("logged"), pack(tariff))
+                await self._admit(tariff)
+                return tariff.valid_from
+        raise AssertionError("the last try logs the tariff or raises")
 
-    async def recall_tariff(self) -> bool:
-        """Without the chain: take up the stored tariff if it has our prices and is known to be logged."""
-        stored = await self._stored()
-        if stored is None or not self._same_prices(stored):
+    async def _loggable(self, patience: int) -> Tariff:
+        """The newest signed tariff if it is in the log or can still come there in time, else the next, persisted."""
+        signed = await self._load("signed")
+        head, epoch = await self._chain.head(), await self._chain.epoch_seconds()
+        earliest = max(self._clock.now_ms() // 1000, head.timestamp) + epoch
+        last = await self._chain.last_sequence(self._wanted.provider, self._wanted.profile_id)
+        if signed is not None and self._lasting(signed):
+            if await self._chain.tariff(digest(self._chain.domain, signed)) is not None:
+                return signed
+            if signed.sequence > last and signed.valid_from >= earliest + MIN_MARGIN_S:
+                return signed
+        sequence = max(signed.sequence if signed else 0, last) + 1
+        start = earliest + max(MIN_MARGIN_S, epoch // 2) * patience
+        tariff = replace(self._wanted, sequence=sequence, valid_from=start, valid_until=start + TARIFF_LIFE_S)
+        await self._store.put_value(self._slot("signed"), pack(tariff))
+        return tariff
+
+    async def _log(self, tariff: Tariff, *, last_try: bool) -> bool:
+        """Whether it is in the chain's log now; False when it came too late, and a later date may do.
+
+        Raises: ChainError.
+        """
+        if await self._chain.tariff(digest(self._chain.domain, tariff)) is not None:
+            return True
+        try:
+            await self._chain.log_tariff(tariff, self._signer.sign(self._chain.domain, tariff))
+        except ChainUnavailable:
+            raise
+        except ChainError as exc:
+            if last_try or not await self._came_late(tariff):
+                raise
+            log.warning("tariff %d came too late for the chain's log, signing the next: %s", tariff.sequence, exc)
             return False
-        if await self._store.get_value(_LOGGED) != digest(self._chain.domain, stored):
-            return False
-        await self._admit(stored)
         return True
 
-    async def _stored(self) -> Tariff | None:
-        raw = await self._store.get_value(_KEY)
-        if raw is None or len(raw) != packed_size(Tariff):
-            return None
-        tariff = unpack(Tariff, raw)
-        mine = (tariff.provider, tariff.profile_id) == (self._wanted.provider, self._wanted.profile_id)
-        return tariff if mine else None
+    async def _came_late(self, tariff: Tariff) -> bool:
+        """Whether its date, or a sequence number logged meanwhile, can be why the chain refused it."""
+        head, epoch = await self._chain.head(), await self._chain.epoch_seconds()
+        last = await self._chain.last_sequence(tariff.provider, tariff.profile_id)
+        earliest = max(self._clock.now_ms() // 1000, head.timestamp) + epoch
+        return tariff.valid_from < earliest + MIN_MARGIN_S or tariff.sequence <= last
+
+    async def recall_tariff(self) -> bool:
+        """Without the chain: take up the tariff last known to be logged, if it has our prices. Raises: StoreError."""
+        logged = await self._load("logged")
+        if logged is None or not self._same_prices(logged):
+            return False
+        await self._admit(logged)
+        return True
+
+    def _slot(self, kind: str) -> str:
+        """Where the newest tariff that was `signed`, or is `logged`, is kept.
+
+        Per deployment, wallet and profile, as the sequence numbers are: going back to a model goes on where it was.
+        """
+        deployment, wanted = self._chain.domain.separator(), self._wanted
+        return f"provider/tariff_{kind}/{deployment.hex()}/{wanted.provider.hex()}/{wanted.profile_id.hex()}"
+
+    async def _load(self, kind: str) -> Tariff | None:
+        raw = await self._store.get_value(self._slot(kind))
+        return None if raw is None or len(raw) != packed_size(Tariff) else unpack(Tariff, raw)
+
+    def _lasting(self, tariff: Tariff) -> bool:
+        return self._same_prices(tariff) and tariff.valid_until - self._clock.now_ms() // 1000 >= TARIFF_RENEW_S
 
     def _same_prices(self, tariff: Tariff) -> bool:
         loose = {"sequence", "valid_from", "valid_until"}
