@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from node.background import log_bug
 from node.config import NodeConfig
 from node.keys import load_or_create, read_password
 from node.ports import Chain, ChainError, ChainUnavailable, PeerAddress, Store, Transport
@@ -167,8 +168,10 @@ def _transport(config: NodeConfig, secret: bytes, *, listen: bool) -> Transport:
 
 @asynccontextmanager
 async def _background(*work: Any) -> AsyncIterator[None]:
-    """Run coroutines until the block is left."""
-    tasks = [asyncio.create_task(item) for item in work]
+    """Run coroutines until the block is left. One that a bug ends before is in the log."""
+    tasks = [asyncio.create_task(item, name=item.__qualname__) for item in work]
+    for task in tasks:
+        task.add_done_callback(log_bug)
     try:
         yield
     finally:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Final
 
 from incentives.ledger import JobClosed, Role
 from incentives.settlement import SettlePolicy
+from node.background import Background
 from node.ports import (
     Chain,
     ChainError,
@@ -24,6 +24,7 @@ from node.ports import (
     Entropy,
     ModelCard,
     Store,
+    StoreError,
     Transport,
 )
 from node.provider.books import Books
@@ -88,7 +89,9 @@ class Provider:
         self.server = JobServer(tools, engine, entropy, card, self.offering)
         transport.serve(JOB_PROTOCOL, self.server.handle_job)
         transport.serve(CARD_PROTOCOL, self.server.handle_card)
+        self.background = Background(clock)
         self._tasks: list[asyncio.Task[None]] = []
+        self._renew_at = 0.0
 
     def _on_exit(self) -> None:
         self.settler.wake()
@@ -106,13 +109,15 @@ class Provider:
         while not self.offering.terms_in_force():
             await self._clock.sleep(TARIFF_LOOK_S)
         await self.offering.renew()
+        self._renew_at = self._clock.monotonic() + OFFER_LIFE_S / 2
+        start = self.background.start
         self._tasks = [
-            asyncio.create_task(self.settler.run()),
-            asyncio.create_task(self._watch()),
-            asyncio.create_task(self._keep_offering()),
+            start("settling", self.settler.run, "vouchers are kept and due again"),
+            start("following the chain", self._watch, "jobs are served up to confirmed escrow"),
+            start("offering", self._keep_offering, "the present offer and tariff stand"),
         ]
         if not caught_up:
-            self._tasks.append(asyncio.create_task(self._join_later()))
+            self._tasks.append(start("joining", self._join_later, "jobs are served up to confirmed escrow"))
 
     async def _join(self) -> bool:
         """Register, log the tariff, look up open settlements; whether the chain answered.
@@ -137,13 +142,9 @@ class Provider:
         await self.settler.resolve("lost in a restart")
 
     async def _join_later(self) -> None:
-        """What `_join` left undone, once the chain answers."""
-        while True:
-            await self._clock.sleep(RETRY_S)
-            try:
-                return await self._register()
-            except ChainError as exc:
-                log.debug("the chain does not answer yet: %s", exc)
+        """What `_join` left undone. Raises: ChainError, StoreError, and may then be tried again."""
+        await self._clock.sleep(RETRY_S)
+        await self._register()
 
     async def stop(self) -> None:
         """Refuse new jobs, finish or cut off running ones, settle everything, stop. Idempotent."""
@@ -153,37 +154,25 @@ class Provider:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if tasks:
-            await self._tolerating_chain("the last vouchers stay for the next start", self._settle_rest())
-
-    async def _settle_rest(self) -> None:
-        while await self.settler.settle_due(everything=True):
-            pass
-
-    async def _tolerating_chain(self, otherwise: str, work: Awaitable[None]) -> None:
-        try:
-            await work
-        except ChainError as exc:
-            log.warning("%s: %s", otherwise, exc)
+            try:
+                await self.settler.settle_rest()
+            except StoreError as exc:
+                log.error("the last vouchers stay for the next start: %s", exc)
 
     async def _watch(self) -> None:
-        """Follow our escrow slots for ever, through an RPC that comes and goes."""
-        while True:
-            try:
-                await self._chain.watch_slots(self._wallet, self.books.see_slot)
-            except ChainUnavailable as exc:
-                log.warning("the chain does not answer, serving up to confirmed escrow: %s", exc)
-            except ChainError as exc:
-                log.error("the chain could not be followed: %s", exc)
-            await self._clock.sleep(RETRY_S)
+        """Follow our escrow slots for ever. Raises: ChainError, StoreError, and may then be called again."""
+        await self._chain.watch_slots(self._wallet, self.books.see_slot)
 
     async def _keep_offering(self) -> None:
+        """Renew tariff and offer in time, for ever. Raises: StoreError, and may then be called again."""
         while True:
-            await self._clock.sleep(OFFER_LIFE_S / 2)
+            await self._clock.sleep(max(0.0, self._renew_at - self._clock.monotonic()))
             try:
                 await self.offering.prepare_tariff()
             except ChainError as exc:
                 log.warning("the tariff could not be renewed, the present one stands: %s", exc)
             await self.offering.renew()
+            self._renew_at = self._clock.monotonic() + OFFER_LIFE_S / 2
 
     async def status(self) -> dict[str, object]:
         """Plain JSON values for `tally status`; amounts as decimal strings of wei."""
@@ -208,4 +197,5 @@ class Provider:
             "settlement_gas": totals.gas,
             "settlement_pairs": totals.pairs,
             "last_settlement_error": totals.last_error,
+            "background": self.background.status(),
         }
