@@ -12,6 +12,7 @@ from node.client.attempt import Tools as ClientTools
 from node.ports import JobSpec, ModelCard, Stream
 from node.transport.memory import MemoryTransport
 from protocol import frames
+from protocol.eip712 import digest
 from protocol.frames import JOB_PROTOCOL, Accepted, Frame, PromptChunk, Quote, QuoteAsk, Request
 from protocol.messages import Accept, JobRequest
 from protocol.packing import pack, unpack
@@ -89,15 +90,20 @@ class RogueProvider:
     def __init__(self, seller: Seller, stage: str, misdeed: Misdeed) -> None:
         self.seller, self.stage, self.misdeed = seller, stage, misdeed
         self.request: JobRequest | None = None
+        self.done = False
         transport = seller.transport
         assert isinstance(transport, MemoryTransport)
         transport.serve(JOB_PROTOCOL, self._handle)
+
+    async def _do(self, stream: Stream) -> None:
+        self.done = True
+        await self.misdeed(self, stream)
 
     async def _handle(self, stream: Stream) -> None:
         ask = frames.decode(await stream.receive(5))
         assert isinstance(ask, QuoteAsk)
         if self.stage == "asked":
-            return await self.misdeed(self, stream)
+            return await self._do(stream)
         terms = self.seller.provider.offering.terms()
         await self.send(stream, Quote(nonce_commitment(NONCE), next(iter(terms.tariffs)), 0))
         head = frames.decode(await stream.receive(5))
@@ -106,25 +112,22 @@ class RogueProvider:
             assert isinstance(frames.decode(await stream.receive(5)), PromptChunk)
         self.request = unpack(JobRequest, head.request)
         if self.stage == "requested":
-            return await self.misdeed(self, stream)
+            return await self._do(stream)
         await self.send(stream, self.accept())
-        return await self.misdeed(self, stream)
+        return await self._do(stream)
 
     @property
     def job_id(self) -> JobId:
         assert self.request is not None
         domain = self.seller.chain.domain
-        from protocol.eip712 import digest
-
         return JobId(digest(domain, self.request))
 
     def accept(self, **changes: Any) -> Accepted:
         """The honest acceptance, with fields changed, signed by the provider's own key."""
-        import time
-
         assert self.request is not None
+        now = self.seller.provider._clock.now_ms()
         seed = derive_seed(self.job_id, self.request.client_nonce, NONCE)
-        accept = replace(Accept(self.job_id, NONCE, seed, int(time.time() * 1000)), **changes)
+        accept = replace(Accept(self.job_id, NONCE, seed, now), **changes)
         return Accepted(pack(accept), self.seller.node_key.sign(self.seller.chain.domain, accept))
 
     async def send(self, stream: Stream, frame: Frame) -> None:
