@@ -1,13 +1,16 @@
 """The client's channels: opened and topped up on chain, reserved per job, promised in vouchers.
 
 Contract: a voucher is signed only after the receipt it pays for, and its own amount, are on disk; so a crash can at
-most repeat a promise, never make a second one.
+most repeat a promise, never make a second one. What all channels have promised and what running jobs may still come to
+stay together within the session key's cap. No voucher waits for the chain.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from incentives.channel import (
@@ -21,11 +24,12 @@ from incentives.channel import (
 )
 from incentives.ledger import ChannelKey, ReceiptVouched, Role
 from node.ports import Chain, ChainError, ChainUnavailable, InsufficientFunds, Store
+from node.whole import whole
 from protocol.eip712 import Domain
 from protocol.errors import LocalProtocolError
 from protocol.messages import Voucher, WorkReceipt
 from protocol.signing import Signer
-from protocol.units import Address, Digest, JobId, Wei
+from protocol.units import MAX_AMOUNT, Address, Digest, JobId, Wei
 
 log = logging.getLogger("tally.client.accounts")
 
@@ -50,7 +54,9 @@ class Accounts:
         self._store = store
         self._chain = chain
         self._channels: dict[Address, Channel] = {}
-        self._locks: dict[Address, asyncio.Lock] = {}
+        self._locks: dict[Address, asyncio.Lock] = {}  # held while a record is written and then applied
+        self._funding: dict[Address, asyncio.Task[None]] = {}
+        self._ahead: dict[Address, int] = {}  # what a channel will have come to once the voucher being written counts
 
     @property
     def domain(self) -> Domain:
@@ -78,48 +84,103 @@ class Accounts:
         return Wei(sum(channel.vouched for channel in self._channels.values()))
 
     async def ensure(self, provider: Address, job_id: JobId, first: Wei, worst: Wei) -> None:
-        """Have escrow for a job that may cost `worst` wei, at least `first`, and reserve it.
+        """Have escrow for a job that may cost `worst` wei, at least `first`, and reserve what there is of it.
 
-        Raises: InsufficientFunds saying how much is missing.
+        Trouble with the wallet or the chain matters only when what is in escrow already does not hold `first`.
+        Raises: InsufficientFunds saying how much is missing, StoreError.
         """
-        if self._limits.total and self.spent + first > self._limits.total:
+        self._check_cap(provider, first)
+        trouble: ChainError | None = None
+        try:
+            await self._fund(provider, worst)
+        except ChainError as exc:
+            trouble = exc
+        self._check_cap(provider, first)  # anew: other jobs may have reserved meanwhile
+        free = self.channel(provider).free
+        if free < first:
+            advice = "add TALLY to the wallet (`tally wallet show`) or raise the deposit per channel"
             raise InsufficientFunds(
-                f"this session key may spend {self._limits.total} wei in all and has spent {self.spent}; raise its cap"
+                f"the channel with 0x{provider.hex()} has {max(0, free)} wei free, the job's first increment may"
+                f" cost {first}: {trouble or advice}"
+            ) from trouble
+        held = ActionReserve(job_id, Wei(min(free, worst, self._left(provider))))
+        self._channels[provider] = apply(self.channel(provider), held).state
+
+    # ------------------------------------------------------------------------------------------------------- the cap
+
+    def _may_come_to(self, provider: Address) -> int:
+        """What the channel owes, and will owe if its running jobs use up all that is reserved for them, in wei."""
+        channel = self.channel(provider)
+        return max(channel.owed + sum(channel.reserved.values()), self._ahead.get(provider, 0))
+
+    def _left(self, provider: Address) -> Wei:
+        """What one more job with `provider` may cost under the cap. Credit in its channel counts as spendable."""
+        if not self._limits.total:
+            return Wei(MAX_AMOUNT)
+        others = sum(
+            max(channel.vouched, self._may_come_to(other))
+            for other, channel in self._channels.items()
+            if other != provider
+        )
+        return Wei(max(0, self._limits.total - others - self._may_come_to(provider)))
+
+    def _check_cap(self, provider: Address, needed: int) -> None:
+        """Raises: InsufficientFunds when `needed` wei more with `provider` would pass the cap."""
+        if needed > self._left(provider):
+            raise InsufficientFunds(
+                f"this session key may spend {self._limits.total} wei in all, has spent {self.spent}, and its running"
+                f" jobs may need the rest: {self._left(provider)} wei are left where {needed} are needed; raise its cap"
             )
-        async with self._lock(provider):
-            if self.channel(provider).free < worst:
-                await self._fund(provider, worst)
-            free = self.channel(provider).free
-            if free < first:
-                raise InsufficientFunds(
-                    f"the channel with 0x{provider.hex()} has {max(0, free)} wei free, the job's first increment may"
-                    f" cost {first}: add TALLY to the wallet (`tally wallet show`) or raise the deposit per channel"
-                )
-            held = ActionReserve(job_id, Wei(min(free, worst)))
-            self._channels[provider] = apply(self.channel(provider), held).state
+
+    # ------------------------------------------------------------------------------------------------------- funding
 
     async def _fund(self, provider: Address, worst: Wei) -> None:
-        """Look at the slot, then open or top up from the wallet as far as it goes."""
+        """Have `worst` wei free, or as much as cap and wallet give; jobs that need it at the same time share a deposit.
+
+        A caller that leaves does not stop it: a deposit once sent cannot be taken back, only seen or made twice.
+        Raises: ChainError, StoreError.
+        """
+        mine = False
+        while not mine and self.channel(provider).free < min(worst, self._left(provider)):
+            task = self._funding.get(provider)
+            if task is None:
+                mine, task = True, asyncio.create_task(self._deposit(provider, worst))
+                self._funding[provider] = task
+                task.add_done_callback(lambda done: self._funded(provider, done))
+            await asyncio.shield(task)
+
+    def _funded(self, provider: Address, task: asyncio.Task[None]) -> None:
+        del self._funding[provider]
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.warning("no deposit was made for 0x%s, spending only what is in escrow: %s", provider.hex(), exc)
+
+    async def _deposit(self, provider: Address, worst: Wei) -> None:
+        """Look at the slot, then open or top up from the wallet as far as it goes. Raises: ChainError, StoreError."""
+        await self._refresh(provider)
+        free, left = self.channel(provider).free, self._left(provider)
+        missing = min(worst, left) - free
+        if missing <= 0 or self._wallet is None:
+            return
+        # no more than the cap lets this channel spend: a provider serves up to the escrow it sees, not up to our cap
+        amount = min(max(missing, self._limits.deposit), left - free, await self._chain.token_balance(self._wallet))
+        if amount <= 0:
+            return
         try:
-            await self._refresh(provider)
-            channel = self.channel(provider)
-            missing = worst - channel.free
-            if missing <= 0 or self._wallet is None:
-                return
-            amount = min(max(missing, self._limits.deposit), await self._chain.token_balance(self._wallet))
-            if amount > 0:
-                await self._chain.open_channel(provider, self.session.secret, Wei(amount))
-                await self._refresh(provider)
-        except ChainUnavailable as exc:
-            log.warning("the chain does not answer, spending only what is already in escrow: %s", exc)
-        except ChainError as exc:
-            raise InsufficientFunds(f"the channel with 0x{provider.hex()} could not be funded: {exc}") from exc
+            await self._chain.open_channel(provider, self.session.secret, Wei(amount))
+        except ChainUnavailable:
+            with contextlib.suppress(ChainError):
+                await self._refresh(provider)  # it may have been mined all the same
+            raise
+        await self._refresh(provider)
 
     async def _refresh(self, provider: Address) -> None:
         slot = await self._chain.slot(ChannelKey(provider, self.session.address))
         if slot is not None:
-            await self._store.write(slot)
-            self._channels[provider] = apply(self.channel(provider), ContractReceiveSlot(slot)).state
+            async with self._lock(provider):
+                await self._store.write(slot)
+                self._channels[provider] = apply(self.channel(provider), ContractReceiveSlot(slot)).state
+
+    # ------------------------------------------------------------------------------------------------------ promising
 
     async def vouch(
         self,
@@ -133,16 +194,38 @@ class Accounts:
     ) -> tuple[Voucher, bytes]:
         """Promise a checked receipt, which moved its job from `before` wei: journal, then sign.
 
-        Raises: Overspend when the channel does not hold it, StoreError; then nothing was promised.
+        Raises: Overspend when the channel does not hold it, InsufficientFunds when it would pass the cap, StoreError;
+        then nothing was promised.
         """
-        async with self._lock(provider):
-            change = ActionVouch(job_id, before, Wei(receipt.total))
-            voucher = self._voucher(provider, apply(self.channel(provider), change).effects)
-            # SPEC 4.5: The client writes a checked receipt and the voucher's amount to disk and syncs before it signs
-            await self._store.write(ReceiptVouched(receipt_digest, receipt, receipt_signature, voucher, token_ids))
-            # applied anew: a job may have been released while the journal was written
-            self._channels[provider] = apply(self.channel(provider), change).state
+        voucher = await whole(
+            self._promise(
+                provider,
+                ActionVouch(job_id, before, Wei(receipt.total)),
+                lambda made: ReceiptVouched(receipt_digest, receipt, receipt_signature, made, token_ids),
+            )
+        )
         return voucher, self.session.sign(self.domain, voucher)
+
+    async def _promise(
+        self, provider: Address, change: ActionVouch, record: Callable[[Voucher], ReceiptVouched]
+    ) -> Voucher:
+        """Journal the voucher for `change`, then count it. Raises: Overspend, InsufficientFunds, StoreError."""
+        async with self._lock(provider):
+            channel, reserved_for = self.channel(provider), self._may_come_to(provider)
+            step = apply(channel, change)
+            voucher = self._voucher(provider, step.effects)
+            comes_to = step.state.owed + sum(step.state.reserved.values())
+            if comes_to > max(channel.vouched, reserved_for):  # neither credit nor its own reservation covers it
+                self._check_cap(provider, comes_to - reserved_for)
+            self._ahead[provider] = comes_to
+            try:
+                # SPEC 4.5: The client writes a checked receipt and the voucher's amount to disk and syncs
+                await self._store.write(record(voucher))
+                # applied anew: jobs may have been released or reserved for while the journal was written
+                self._channels[provider] = apply(self.channel(provider), change).state
+            finally:
+                del self._ahead[provider]
+        return voucher
 
     def _voucher(self, provider: Address, effects: tuple[object, ...]) -> Voucher:
         for effect in effects:

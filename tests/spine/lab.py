@@ -174,6 +174,7 @@ class Market:
         *,
         tally: int = 1000 * WEI_PER_TALLY,
         deposit: int = WEI_PER_TALLY,
+        total: int = 0,
         store: Store | None = None,
         session: Signer | None = None,
         stall_s: float = 5.0,
@@ -186,7 +187,8 @@ class Market:
         await store.open()
         transport = MemoryTransport(self.network, secrets.token_bytes(32))
         directory = OfferDirectory(transport, chain, self.clock, tuple(s.peer for s in self.sellers), Wei(1))
-        accounts = Accounts(session or wallet(), account.address, SpendingLimits(Wei(deposit), Wei(0)), store, chain)
+        limits = SpendingLimits(Wei(deposit), Wei(total))
+        accounts = Accounts(session or wallet(), account.address, limits, store, chain)
         settings = ClientSettings(Wei(WEI_PER_TALLY), stall_s)
         router = Router(settings, accounts, store, transport, directory, self.clock, SystemEntropy())
         await router.start()
