@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from typing import Final
+from typing import Final, Generic, TypeVar
 
-from node.ports import Chain, ChainError, ChainUnavailable, Clock, PeerAddress, Stream, Transport, TransportError
+from node.ports import Chain, Clock, PeerAddress, Stream, Transport, TransportError
 from protocol import frames
-from protocol.errors import RemoteProtocolError, UnexpectedFrame
+from protocol.errors import RemoteProtocolError, TallyError, UnexpectedFrame
 from protocol.frames import OFFERS_PROTOCOL, OfferEnvelope, OffersAsk, OffersEnd
 from protocol.offers import CheckedOffer, check_envelope
 from protocol.units import ZERO_ADDRESS, Address, Digest, Wei
@@ -30,12 +30,53 @@ PAGE: Final = 64
 MAX_OFFERS: Final = 20_000
 """Offers kept. Unit: offers, about 4 KiB each. Past it the ones that expire first are forgotten."""
 
+MAX_PAGES: Final = -(-MAX_OFFERS // PAGE)
+"""Pages taken from one peer at a time. Unit: pages. As many as hold what we would keep."""
+
 PULL_TIMEOUT_S: Final = 10.0
+PULL_WHOLE_S: Final = 60.0
+"""Longest a pull of all pages of a peer may take. Unit: s. What is missing then is asked for at the next refresh."""
+
 REFRESH_S: Final = 60.0
 """How often bootstrap peers are asked again. Unit: s. Gossip carries changes; this heals what gossip lost."""
 
 CHAIN_MEMORY_S: Final = 300.0
 """How long a registry answer is believed. Unit: s. A slashed or unstaked provider is dropped at most this late."""
+
+DENIED_S: Final = 10.0
+"""How long a registry's no is believed. Unit: s. Short, because who registers now is to be seen soon; long enough that
+a forged offer sent again and again costs one look."""
+
+MEMORY_SIZE: Final = 2 * MAX_OFFERS
+"""Registry answers remembered, of each kind. Unit: answers, about 200 bytes each. Past it the oldest are forgotten."""
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Recent(Generic[K, V]):
+    """What was learned in the last `life_s` seconds, at most `size` things; the oldest are forgotten first."""
+
+    def __init__(self, size: int, life_s: float) -> None:
+        self._size, self._life_s = size, life_s
+        self._things: dict[K, tuple[V, float]] = {}  # oldest first
+
+    def __len__(self) -> int:
+        return len(self._things)
+
+    def put(self, key: K, value: V, now: float) -> None:
+        self._things.pop(key, None)
+        self._things[key] = value, now + self._life_s
+        if len(self._things) > self._size:
+            del self._things[next(iter(self._things))]
+
+    def get(self, key: K, now: float) -> V | None:
+        """None when it was not learned, or too long ago."""
+        value, until = self._things.get(key, (None, 0.0))
+        if value is not None and until <= now:
+            del self._things[key]
+            return None
+        return value
 
 
 def shard_topic(model: str) -> str:
@@ -56,8 +97,9 @@ class OfferDirectory:
         self._min_stake = min_stake
         self._book: dict[Address, CheckedOffer] = {}
         self._topics: set[str] = set()
-        self._registered: dict[Address, tuple[Address, float]] = {}
-        self._logged: set[Digest] = set()
+        self._registered: Recent[Address, Address] = Recent(MEMORY_SIZE, CHAIN_MEMORY_S)
+        self._logged: Recent[Digest, bool] = Recent(MEMORY_SIZE, CHAIN_MEMORY_S)
+        self._denied: Recent[bytes, bool] = Recent(MEMORY_SIZE, DENIED_S)  # node keys and tariff hashes
         self._own: Address | None = None
 
     def start_serving(self) -> None:
@@ -83,7 +125,10 @@ class OfferDirectory:
 
     async def refresh(self) -> None:
         """Pull from every bootstrap peer at once. Never raises: unreachable peers are logged."""
-        await asyncio.gather(*(self._pull(peer) for peer in self._bootstrap))
+        ends = await asyncio.gather(*(self._pull(peer) for peer in self._bootstrap), return_exceptions=True)
+        for peer, end in zip(self._bootstrap, ends, strict=True):
+            if end is not None:
+                log.error("pulling the offers of %s met a bug", peer.peer_id, exc_info=end)
         self._forget_dead()
 
     def offers(self) -> list[CheckedOffer]:
@@ -112,23 +157,27 @@ class OfferDirectory:
         return True
 
     async def _wallet_of(self, node_key: Address) -> Address | None:
-        known = self._registered.get(node_key)
-        if known is not None and self._clock.monotonic() - known[1] < CHAIN_MEMORY_S:
-            return known[0]
+        now = self._clock.monotonic()
+        known = self._registered.get(node_key, now)
+        if known is not None or self._denied.get(node_key, now):
+            return known
         record = await self._chain.provider_by_node_key(node_key)
         if record is None or record.stake < self._min_stake:
+            self._denied.put(node_key, True, now)
             return None
-        self._registered[node_key] = (record.wallet, self._clock.monotonic())
+        self._registered.put(node_key, record.wallet, now)
         return record.wallet
 
     async def _is_logged(self, checked: CheckedOffer) -> bool:
-        if checked.tariff_hash in self._logged:
+        now = self._clock.monotonic()
+        if self._logged.get(checked.tariff_hash, now):
             return True
-        record = await self._chain.tariff(checked.tariff_hash)
-        if record is None or record.provider != checked.tariff.provider:
+        if self._denied.get(checked.tariff_hash, now):
             return False
-        self._logged.add(checked.tariff_hash)
-        return True
+        record = await self._chain.tariff(checked.tariff_hash)
+        logged = record is not None and record.provider == checked.tariff.provider
+        (self._logged if logged else self._denied).put(checked.tariff_hash, True, now)
+        return logged
 
     async def _listen(self, model: str) -> None:
         topic = shard_topic(model)
@@ -142,7 +191,7 @@ class OfferDirectory:
             frame = frames.decode(payload)
             if isinstance(frame, OfferEnvelope):
                 await self.consider(frame)
-        except (RemoteProtocolError, ChainError) as exc:
+        except TallyError as exc:
             log.info("gossip of %s ignored: %s", author, exc)
 
     async def _answer(self, stream: Stream) -> None:
@@ -156,22 +205,39 @@ class OfferDirectory:
         await stream.close()
 
     async def _pull(self, peer: PeerAddress) -> None:
-        after, more = ZERO_ADDRESS, True
+        """Every page of a peer, in bounded time and number; what came before a failure is kept."""
         try:
-            while more:
-                more, after = await self._pull_page(peer, after)
-        except (TransportError, RemoteProtocolError, ChainUnavailable) as exc:
+            async with asyncio.timeout(PULL_WHOLE_S):
+                await self._pull_pages(peer)
+        except TimeoutError:
+            log.info("offers of %s took longer than %g s, the rest is left", peer.peer_id, PULL_WHOLE_S)
+        except TallyError as exc:
             log.info("offers of %s could not be pulled: %s", peer.peer_id, exc)
 
+    async def _pull_pages(self, peer: PeerAddress) -> None:
+        """Raises: TransportError, RemoteProtocolError, ChainError."""
+        after = ZERO_ADDRESS
+        for _ in range(MAX_PAGES):
+            more, last = await self._pull_page(peer, after)
+            if not more:
+                return
+            if last <= after:
+                raise RemoteProtocolError("it has more offers, and shows the same page again")
+            after = last
+        raise RemoteProtocolError(f"it has more than {MAX_PAGES} pages of offers")
+
     async def _pull_page(self, peer: PeerAddress, after: Address) -> tuple[bool, Address]:
-        """One page; (whether more follow, where they start). Raises: TransportError, RemoteProtocolError."""
+        """One page; (whether more follow, where they start).
+
+        Raises: TransportError, RemoteProtocolError, ChainError.
+        """
         stream = await self._transport.open(peer, OFFERS_PROTOCOL, PULL_TIMEOUT_S)
         try:
             await stream.send(frames.encode(OffersAsk(after)))
             for _ in range(PAGE + 1):
                 frame = frames.decode(await stream.receive(PULL_TIMEOUT_S))
                 if isinstance(frame, OffersEnd):
-                    return frame.more and after != ZERO_ADDRESS, after
+                    return frame.more, after
                 if not isinstance(frame, OfferEnvelope):
                     raise UnexpectedFrame(type(frame).__name__, "offers")
                 after = max(after, await self._consider_quietly(frame))
@@ -184,7 +250,7 @@ class OfferDirectory:
             await self.consider(envelope)
         except RemoteProtocolError as exc:
             log.info("an offer was ignored: %s", exc)
-        return Address(envelope.offer[:20])
+        return Address(envelope.offer[:20]) if len(envelope.offer) >= 20 else ZERO_ADDRESS
 
     def _forget_dead(self) -> None:
         alive = self.offers()
