@@ -232,12 +232,12 @@ def wanted_tariff(config: NodeConfig, wallet: Address, profile_id: Digest) -> Ta
 async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
     """Serve. Raises: ConfigError, KeystoreError, StoreError, ChainError, ModelError, TransportError."""
     from incentives.settlement import SettlePolicy
-    from node.cli.routes import journal_routes
     from node.discovery.directory import OfferDirectory
     from node.engine.card import load_card
     from node.engine.engine import TorchEngine
     from node.provider.offering import OfferTexts
     from node.provider.provider import Provider, ProviderSettings
+    from node.routes import journal_routes
 
     wanted = config.provider
     if wanted.model_dir is None:
@@ -317,9 +317,9 @@ async def client_app(config: NodeConfig) -> AsyncIterator[ClientApp]:
 @asynccontextmanager
 async def gateway_app(config: NodeConfig) -> AsyncIterator[GatewayApp]:
     """Be a client behind an OpenAI-compatible server. Raises: what `client_app` raises, GatewayError."""
-    from node.cli.routes import journal_routes, market_routes
     from node.gateway.auth import ApiKeys
     from node.gateway.server import GatewayServer
+    from node.routes import journal_routes, market_routes
 
     clock, entropy = SystemClock(), SystemEntropy()
     async with AsyncExitStack() as stack:

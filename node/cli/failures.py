@@ -71,6 +71,12 @@ _ADVICE: Final[tuple[_Advice, ...]] = (
     ),
     ("protocol.errors", "Refused", "nothing was paid", "`tally market` shows what each provider accepts"),
     (
+        "node.routes",
+        "NotInJournal",
+        "nothing was changed",
+        "`tally receipts list` shows the digests; give at least the first two digits",
+    ),
+    (
         "node.gateway.control",
         "ControlUnavailable",
         "nothing was changed",

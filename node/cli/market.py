@@ -53,7 +53,7 @@ async def _show(session: Session, config: NodeConfig, model: str | None, watch: 
     except ControlUnavailable:
         pass
     from node.app import client_app
-    from node.cli.routes import market_routes
+    from node.routes import market_routes
 
     async with client_app(config) as app:
         route = market_routes(app.marketplace, app.chain)["market"]

@@ -81,7 +81,7 @@ def _halves(row: dict[str, Any]) -> str:
 @pass_session
 def show(session: Session, digest: str, as_json: bool) -> None:
     """Draw the stick that DIGEST (its first digits are enough) belongs to, both halves."""
-    from node.cli.routes import bundle_of
+    from node.routes import bundle_of
     from protocol.bundle_json import document_json
 
     answer = _ask(session, session.load(), "bundle", digest=digest)
@@ -135,7 +135,7 @@ def _bundle(session: Session, digest_or_file: str) -> Bundle:
     path = Path(digest_or_file)
     looks_like_file = path.is_file() or "/" in digest_or_file or path.suffix == ".json"
     if not looks_like_file:
-        from node.cli.routes import bundle_of
+        from node.routes import bundle_of
 
         return bundle_of(_ask(session, session.load(), "bundle", digest=digest_or_file))
     try:
@@ -161,7 +161,7 @@ def export(session: Session, digest: str, output: Path | None, sign: bool) -> No
     It holds request, acceptance, tariff, all receipts, vouchers and signatures; it holds no prompt and no text (on the
     client's side the ids of the generated tokens). Own signatures are deterministic, so adding them signs nothing new.
     """
-    from node.cli.routes import bundle_of
+    from node.routes import bundle_of
     from protocol.bundle_json import encode
 
     config = session.load()
@@ -212,7 +212,7 @@ def _completed(config: NodeConfig, bundle: Bundle, role: str) -> Bundle:
 
 
 def _ask(session: Session, config: NodeConfig, route: str, **params: Any) -> dict[str, Any]:
-    from node.cli.routes import ask
+    from node.cli.ask import ask
     from node.cli.running import run
 
     session.log(config, serving=False)

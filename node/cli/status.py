@@ -49,8 +49,8 @@ def status(session: Session, as_json: bool) -> None:
 
 def _journal_facts(session: Session) -> dict[str, Any]:
     """Raises: StoreError."""
-    from node.cli.routes import journal_facts
     from node.cli.running import run
+    from node.routes import journal_facts
 
     config = session.load()
     session.log(config, serving=False)

@@ -66,7 +66,7 @@ def _channel(channel: dict[str, Any]) -> tuple[str, ...]:
 
 async def _facts(session: Session, config: NodeConfig) -> dict[str, Any]:
     from node.app import wallet_chain
-    from node.cli.routes import ask
+    from node.cli.ask import ask
     from node.keys import addresses
     from node.ports import ChainError
 

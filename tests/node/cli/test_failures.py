@@ -22,6 +22,7 @@ from node.ports import (
     StoreError,
     TransportError,
 )
+from node.routes import NotInJournal
 from protocol.errors import Refused, TallyError
 from protocol.units import Address
 from tests.node.cli.conftest import Tally
@@ -52,6 +53,7 @@ def invoke(error: BaseException, home: Path) -> tuple[int, str]:
         JobFailed("j"),
         TransportError("t"),
         KeystoreError("k"),
+        NotInJournal("d"),
         Refused("busy", "later"),
         CommandFailed("x", kept="y", do="z"),
     ],

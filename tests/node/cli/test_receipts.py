@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from incentives.ledger import Role
-from node.cli.routes import journal_routes
 from node.gateway.control import ControlServer
+from node.routes import journal_routes
 from node.store.store import SqlStore
 from protocol.bundle import Outcome, verify
 from protocol.bundle_json import decode

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from incentives.ledger import Role
-from node.cli.failures import CommandFailed
 from node.ports import Chain, ChainError, JobRow, MarketEntry, Marketplace, ReceiptRow, Store
 from protocol.bundle import Bundle, Notch
 from protocol.bundle_json import decode, encode
 from protocol.eip712 import Domain, digest
+from protocol.errors import TallyError
 from protocol.messages import Tariff
 from protocol.packing import packed_size, unpack
 from protocol.signing import recover_digest
 from protocol.units import ZERO_ADDRESS, Address, FinishReason, JobId
 
-if TYPE_CHECKING:
-    from node.cli.session import Session
-    from node.config import NodeConfig
-
 Route = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 STAKES_SHOWN: Final = 64
 """Providers whose stake a market answer looks up. Unit: providers, one RPC call each; more would make it slow."""
+
+
+class NotInJournal(TallyError):
+    """The journal does not hold the document asked for."""
 
 
 def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
@@ -49,9 +49,7 @@ def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
         row = await _find(store, str(params["digest"]))
         job = await store.job(JobId(row.receipt.job_id))
         if job is None:
-            raise CommandFailed(
-                f"the journal has receipt {_hex(row.digest)} but not its job", kept="nothing was changed"
-            )
+            raise NotInJournal(f"the journal has receipt {_hex(row.digest)} but not its job")
         made = await assemble(store, domain, job, row.role)
         return {"role": row.role.value, "model": job.model, "digest": _hex(row.digest), "bundle": encode(made)}
 
@@ -81,37 +79,8 @@ def market_routes(marketplace: Marketplace, chain: Chain) -> dict[str, Route]:
 # ------------------------------------------------------------------------------------------------------------- journal
 
 
-async def ask(session: Session, config: NodeConfig, route: str, **params: Any) -> dict[str, Any]:
-    """Answer a journal route: by the node that runs in this home, else from the journal itself.
-
-    Raises: ControlRefused, StoreError, ChainError; CommandFailed when there is no journal.
-    """
-    from node.gateway.control import ControlUnavailable
-
-    try:
-        return await session.control().call(route, **params)
-    except ControlUnavailable:
-        pass
-    if not config.journal.exists():
-        raise CommandFailed(
-            f"there is no journal in {config.home}: nothing was sold or bought from here yet",
-            do="`tally provider run` or `tally run` starts one; --home names another home",
-        )
-    from node.app import journal
-
-    async with journal(config) as store:
-        return await journal_routes(store, domain_of(config))[route](params)
-
-
-def domain_of(config: NodeConfig) -> Domain:
-    """The domain this home's documents are signed under. Raises: ChainError."""
-    from node.chain.deployment import Deployment
-
-    return Deployment.load(config.chain.deployment).domain
-
-
 async def _find(store: Store, prefix: str) -> ReceiptRow:
-    """The receipt whose digest begins so. Raises: CommandFailed, StoreError (several do)."""
+    """The receipt whose digest begins so. Raises: NotInJournal, StoreError (several do)."""
     digits = prefix.removeprefix("0x").lower()
     try:
         # The store looks up whole bytes; a last odd digit is compared afterwards.
@@ -120,11 +89,7 @@ async def _find(store: Store, prefix: str) -> ReceiptRow:
     except ValueError:
         row = None
     if row is None or not row.digest.hex().startswith(digits):
-        raise CommandFailed(
-            f"no receipt's digest begins with {prefix!r}",
-            kept="nothing was changed",
-            do="`tally receipts list` shows the digests; give at least the first two digits",
-        )
+        raise NotInJournal(f"no receipt's digest begins with {prefix!r}")
     return row
 
 
