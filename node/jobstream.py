@@ -24,8 +24,9 @@ DEAD_AFTER_S: Final = 15.0
 """Silence after which the peer is given up: three pings unanswered. Unit: s. A frozen peer never closes its
 stream, so without this a job would hang for ever; doubling it doubles how long a user waits for a failover."""
 
-QUEUE_FRAMES: Final = 256
-"""Frames read and not yet handled. An increment is at most 32 token frames and a receipt."""
+QUEUE_FRAMES: Final = {Side.CLIENT: 64, Side.PROVIDER: 16}
+"""Frames read and not yet handled, by who reads. An increment is at most 32 token frames and a receipt; a client that
+sends more than a few is flooding, and a frame may be 64 KiB. What does not fit waits in the transport."""
 
 F = TypeVar("F", bound=Frame)
 
@@ -35,9 +36,11 @@ class JobStream:
 
     def __init__(self, stream: Stream, side: Side, clock: Clock) -> None:
         self.stream = stream
+        self.received_at = 0
+        """When the frame that `receive` last gave arrived, Unix ms: however late its owner came to read it."""
         self.conversation = Conversation(side)
         self._clock = clock
-        self._queue: asyncio.Queue[Frame | Exception] = asyncio.Queue(QUEUE_FRAMES)
+        self._queue: asyncio.Queue[tuple[Frame | Exception, int]] = asyncio.Queue(QUEUE_FRAMES[side])
         self._heard = clock.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -57,7 +60,9 @@ class JobStream:
             await self.stream.reset()
 
     async def send(self, *outgoing: Frame) -> None:
-        """Raises: StreamEnded, LocalProtocolError."""
+        """Raises: StreamEnded, also when the peer has ended the conversation meanwhile; LocalProtocolError."""
+        if self.conversation.state is State.CLOSED:
+            raise StreamEnded("the peer has ended the conversation")
         for frame in outgoing:
             self.conversation.sending(frame)
         await self.stream.send(*(frames.encode(frame) for frame in outgoing))
@@ -67,13 +72,13 @@ class JobStream:
         if self._queue.empty():
             try:
                 async with asyncio.timeout(timeout_s):  # not wait_for, which starts a task for every frame
-                    item = await self._queue.get()
+                    item, self.received_at = await self._queue.get()
             except TimeoutError as exc:
                 raise StreamEnded(f"the peer sent nothing the job could go on with for {timeout_s:g} s") from exc
         else:
-            item = self._queue.get_nowait()
+            item, self.received_at = self._queue.get_nowait()
         if isinstance(item, Exception):
-            self._queue.put_nowait(item)
+            self._queue.put_nowait((item, self.received_at))
             raise item
         return item
 
@@ -93,9 +98,9 @@ class JobStream:
                 if isinstance(frame, Ping):
                     await self.send(Pong(frame.number))
                 elif not isinstance(frame, Pong):
-                    await self._queue.put(frame)
+                    await self._queue.put((frame, self._clock.now_ms()))
         except (StreamEnded, RemoteProtocolError) as exc:
-            await self._queue.put(exc)
+            await self._queue.put((exc, self._clock.now_ms()))
 
     async def _keep_alive(self) -> None:
         number = 0

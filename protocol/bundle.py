@@ -20,7 +20,7 @@ from protocol.messages import Accept, JobRequest, ReceiptAck, Tariff, Voucher, W
 from protocol.metering import Usage
 from protocol.sampling import derive_seed
 from protocol.signing import verify as verify_signature
-from protocol.tariff import Cost, Timing, check_in_force, check_tariff, cost_up, deadline_missed
+from protocol.tariff import Cost, Timing, check_in_force, check_tariff, cost_up
 from protocol.transcript import Transcript
 from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Address, Digest, FinishReason, JobId, Tier
 
@@ -260,9 +260,8 @@ def _cost(bundle: Bundle) -> str:
             bundle.tariff,
             Usage(receipt.prompt_tokens, receipt.cached_tokens, receipt.completion_tokens, receipt.reasoning_tokens),
             Tier(request.tier),
-            Timing(receipt.received_at, receipt.first_token_at, receipt.finished_at),
+            Timing(receipt.received_at, receipt.first_token_at, receipt.finished_at, receipt.waited_ms),
             private=request.is_private,
-            missed_deadline=deadline_missed(request, FinishReason(receipt.finish_reason), receipt.finished_at),
         )
         for item in fields(Cost):
             claimed, found = getattr(receipt, item.name), getattr(expected, item.name)

@@ -63,7 +63,6 @@ TABLE: Final[dict[State, dict[tuple[Side, type], State]]] = {
     State.QUOTED: {(C, Request): State.REQUESTED},
     State.REQUESTED: {
         (C, PromptChunk): State.REQUESTED,
-        (C, Cancel): State.CANCELLING,
         (P, Accepted): State.RUNNING,
         (P, Refuse): State.CLOSED,
     },
@@ -76,8 +75,6 @@ TABLE: Final[dict[State, dict[tuple[Side, type], State]]] = {
         (P, Abort): State.CLOSED,
     },
     State.CANCELLING: {
-        (P, Accepted): State.CANCELLING,
-        (P, Refuse): State.CLOSED,
         (P, Tokens): State.CANCELLING,
         (P, Receipt): State.CANCELLING,
         (C, VoucherFrame): State.CANCELLING,

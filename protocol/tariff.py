@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from protocol.errors import FieldOutOfRange, TariffNotInForce
-from protocol.messages import JobRequest, Tariff
+from protocol.messages import Tariff
 from protocol.metering import Usage
-from protocol.units import BPS, MAX_AMOUNT, FinishReason, Tier, Wei
+from protocol.units import BPS, MAX_AMOUNT, Tier, Wei
 
 MULTIPLIER_ONE: Final = BPS**4
 """x1 as the product of four basis-point multipliers."""
@@ -31,11 +31,15 @@ it would not at the double, and so does a total over 2**21 tokens at x100."""
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """When the job came in, gave its first token, and ended. Unix milliseconds; 0 where it has not happened yet."""
+    """When the job came in, gave its first token, and ended. Unix milliseconds; 0 where it has not happened yet.
+
+    `waited_ms`: how long the provider waited for the client's vouchers on the way.
+    """
 
     received_at: int
     first_token_at: int
     finished_at: int
+    waited_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,11 @@ def multiplier_of(tariff: Tariff, tier: Tier, prompt_tokens: int, *, private: bo
 
 
 def promise_missed(tariff: Tariff, tier: Tier, timing: Timing, completion_tokens: int) -> bool:
-    """Whether the first token came later than promised or not at all, or at the end the average token was slower."""
+    """Whether the first token came later than promised or not at all, or at the end the average token was slower.
+
+    The time a provider waits for vouchers is the client's own. A deadline the client chose is no promise: one that
+    leaves the promised times room can be missed only by missing them.
+    """
     # SPEC 5.2: A first token that has not come when the job ends is late once its time has passed
     _, ttft_ms, tpot_ms, _ = tier_terms(tariff, tier)
     waited_until = timing.first_token_at or timing.finished_at
@@ -111,20 +119,10 @@ def promise_missed(tariff: Tariff, tier: Tier, timing: Timing, completion_tokens
         return True
     if not (timing.finished_at and tpot_ms and completion_tokens > 1):
         return False
-    return timing.finished_at - timing.first_token_at > tpot_ms * (completion_tokens - 1)
+    return timing.finished_at - timing.first_token_at - timing.waited_ms > tpot_ms * (completion_tokens - 1)
 
 
-def deadline_missed(request: JobRequest, finish: FinishReason, finished_at: int) -> bool:
-    """Whether the deadline cut the job, or the job went on past it and ended for another reason.
-
-    `finished_at`: Unix ms, 0 while the job runs.
-    """
-    return finish is FinishReason.DEADLINE or finished_at > request.deadline
-
-
-def cost_up(
-    tariff: Tariff, usage: Usage, tier: Tier, timing: Timing, *, private: bool, missed_deadline: bool = False
-) -> Cost:
+def cost_up(tariff: Tariff, usage: Usage, tier: Tier, timing: Timing, *, private: bool) -> Cost:
     """What `usage` costs, all lines, rounded up once.
 
     Raises: FieldOutOfRange when the total does not fit a voucher.
@@ -137,7 +135,7 @@ def cost_up(
     lines = prompt_line + cached_line + completion_line + reasoning_line
     # SPEC 5.1: there is one rounding, up, per receipt
     metered = -(-multiplier * lines // MULTIPLIER_ONE)
-    missed = missed_deadline or promise_missed(tariff, tier, timing, usage.completion)
+    missed = promise_missed(tariff, tier, timing, usage.completion)
     refund = metered * tier_terms(tariff, tier)[3] // BPS if missed else 0
     total = metered + tariff.per_request - refund
     if total > MAX_AMOUNT:

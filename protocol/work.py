@@ -15,7 +15,7 @@ from protocol.eip712 import Domain, digest
 from protocol.errors import ReceiptMismatch, RemoteProtocolError
 from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
 from protocol.metering import Usage, ste_micro
-from protocol.tariff import Cost, Timing, cost_up, deadline_missed
+from protocol.tariff import Cost, Timing, cost_up
 from protocol.transcript import Leaf, Transcript
 from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Digest, FinishReason, JobId, Tier, Wei
 
@@ -24,11 +24,18 @@ CLOCK_SLACK_MS: Final = 5_000
 ordinary NTP drift and a busy client; doubling it lets a provider hide a TTFT promise missed by as much."""
 
 
+DURATION_SLACK_MS: Final = 1_000
+"""How much shorter a stated duration may be than the client measured it. Unit: ms; for voucher waits per receipt.
+Covers the network and a busy client; doubling it lets a provider hide that much more of a missed promise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """One job so far. `pending`: tokens not yet in a leaf, as (id, logprob, projection) triples.
 
-    `step`: receipts made. `previous`: digest of the last one. `total`: what it comes to, wei.
+    `step`: receipts made. `previous`: digest of the last one. `total`: what it comes to, wei. `waited_ms`: time the
+    provider waited for vouchers (a client: how long it let them wait). `accepted_seen`, `first_seen`: a client's own
+    clock at the acceptance and at the first token, Unix ms; 0 at the provider, whose clock the receipts carry.
     """
 
     job_id: JobId
@@ -43,11 +50,17 @@ class Work:
     step: int = 0
     previous: Digest = ZERO_DIGEST
     total: Wei = field(default=Wei(0))
+    waited_ms: int = 0
+    accepted_seen: int = 0
+    first_seen: int = 0
 
     @classmethod
-    def start(cls, job_id: JobId, request: JobRequest, tariff: Tariff, profile: Profile, accept: Accept) -> Work:
-        """The account at acceptance, before any token."""
-        return cls(job_id, request, tariff, profile, Transcript.start(job_id), accept.accepted_at)
+    def start(
+        cls, job_id: JobId, request: JobRequest, tariff: Tariff, profile: Profile, accept: Accept, seen_at: int = 0
+    ) -> Work:
+        """The account at acceptance, before any token. `seen_at`: when a client got the acceptance, its Unix ms."""
+        start = Transcript.start(job_id)
+        return cls(job_id, request, tariff, profile, start, accept.accepted_at, accepted_seen=seen_at)
 
     @property
     def completion_tokens(self) -> int:
@@ -63,8 +76,12 @@ class Work:
         """With more tokens. Raises: RemoteProtocolError when they overrun the leaf or max_tokens."""
         if not 0 < len(rows) <= self.room:
             raise RemoteProtocolError(f"{len(rows)} tokens where at most {self.room} may come before the next receipt")
-        first = self.first_token_at or now_ms
-        return replace(self, pending=self.pending + rows, first_token_at=first)
+        first, seen = self.first_token_at or now_ms, self.first_seen or now_ms
+        return replace(self, pending=self.pending + rows, first_token_at=first, first_seen=seen)
+
+    def waited(self, milliseconds: int) -> Work:
+        """With that much more time spent between a receipt and its voucher."""
+        return replace(self, waited_ms=self.waited_ms + max(0, milliseconds))
 
     def usage(self) -> Usage:
         """Counts so far."""
@@ -72,9 +89,9 @@ class Work:
 
     def timing(self, finished_at: int = 0) -> Timing:
         """Times so far; `finished_at` only for the final receipt."""
-        return Timing(self.received_at, self.first_token_at, finished_at)
+        return Timing(self.received_at, self.first_token_at, finished_at, self.waited_ms)
 
-    def cost(self, finish: FinishReason, finished_at: int) -> Cost:
+    def cost(self, finished_at: int) -> Cost:
         """Cost of everything so far."""
         return cost_up(
             self.tariff,
@@ -82,7 +99,6 @@ class Work:
             Tier(self.request.tier),
             self.timing(finished_at),
             private=self.request.is_private,
-            missed_deadline=deadline_missed(self.request, finish, finished_at),
         )
 
     def receipt(self, finish: FinishReason, finished_at: int, vouched: Wei) -> tuple[Work, WorkReceipt]:
@@ -94,7 +110,7 @@ class Work:
         final = finish is not FinishReason.OPEN
         if not final and len(self.pending) != LEAF_TOKENS:
             raise RemoteProtocolError(f"an interim receipt covers {LEAF_TOKENS} tokens, not {len(self.pending)}")
-        cost = self.cost(finish, finished_at)
+        cost = self.cost(finished_at)
         usage = self.usage()
         transcript = self.transcript.extend(Leaf.of(self.pending)) if self.pending else self.transcript
         receipt = WorkReceipt(
@@ -113,6 +129,7 @@ class Work:
             received_at=self.received_at,
             first_token_at=self.first_token_at,
             finished_at=finished_at,
+            waited_ms=self.waited_ms,
             prompt_line=cost.prompt_line,
             cached_line=cost.cached_line,
             completion_line=cost.completion_line,
@@ -148,8 +165,14 @@ def derive_expected(work: Work, claimed: WorkReceipt, now_ms: int) -> tuple[Work
     if work.step and claimed.cached_tokens != work.cached_tokens:  # said once, lest a hit be priced as a miss later
         raise ReceiptMismatch("cached_tokens", claimed.cached_tokens, work.cached_tokens)
     _check_times(work, claimed, now_ms)
+    _check_durations(work, claimed, now_ms)
     _check_finish(work, finish, claimed, now_ms)
-    ours = replace(work, first_token_at=claimed.first_token_at, cached_tokens=claimed.cached_tokens)
+    ours = replace(
+        work,
+        first_token_at=claimed.first_token_at,
+        cached_tokens=claimed.cached_tokens,
+        waited_ms=claimed.waited_ms,
+    )
     return ours.receipt(finish, claimed.finished_at, Wei(claimed.vouched))
 
 
@@ -177,8 +200,30 @@ def _check_times(work: Work, claimed: WorkReceipt, now_ms: int) -> None:
         raise ReceiptMismatch("finished_at", claimed.finished_at, now_ms)
 
 
+def _check_durations(work: Work, claimed: WorkReceipt, now_ms: int) -> None:
+    """Promises are about durations, which two clocks measure alike however far apart they stand.
+
+    A provider that states a shorter wait than we saw hides a promise it missed.
+    """
+    # SPEC 4.4: durations no more than 1 s shorter than the client measured
+    if work.accepted_seen and claimed.first_token_at:
+        seen = work.first_seen - work.accepted_seen
+        if claimed.first_token_at - work.received_at < seen - DURATION_SLACK_MS:
+            raise ReceiptMismatch("first_token_at", claimed.first_token_at - work.received_at, seen)
+    if work.accepted_seen and claimed.finished_at and work.first_seen:
+        seen = now_ms - work.first_seen
+        if claimed.finished_at - claimed.first_token_at < seen - DURATION_SLACK_MS:
+            raise ReceiptMismatch("finished_at", claimed.finished_at - claimed.first_token_at, seen)
+    if work.accepted_seen and claimed.waited_ms > work.waited_ms + DURATION_SLACK_MS * (work.step + 1):
+        raise ReceiptMismatch("waited_ms", claimed.waited_ms, work.waited_ms)
+
+
 def _check_finish(work: Work, finish: FinishReason, claimed: WorkReceipt, now_ms: int) -> None:
     """A reason to stop that the tokens themselves contradict. STOP is checked by the caller, who knows the ids."""
+    if finish is FinishReason.OPEN and work.completion_tokens >= work.request.max_tokens:
+        raise ReceiptMismatch("finish_reason", "open", "all the tokens that were asked for")
+    if finish is FinishReason.ERROR:
+        raise ReceiptMismatch("finish_reason", "error", "a reason the client pays for")
     if finish is FinishReason.LENGTH and work.completion_tokens != work.request.max_tokens:
         raise ReceiptMismatch(
             "finish_reason", "length", f"{work.completion_tokens} of {work.request.max_tokens} tokens"
@@ -199,7 +244,7 @@ def check_receipt(domain: Domain, work: Work, claimed: WorkReceipt, now_ms: int)
         if getattr(claimed, item.name) != getattr(expected, item.name):
             raise ReceiptMismatch(item.name, getattr(claimed, item.name), getattr(expected, item.name))
     receipt_digest = digest(domain, claimed)
-    return replace(after, first_token_at=claimed.first_token_at).sealed(receipt_digest), receipt_digest
+    return replace(after, waited_ms=work.waited_ms).sealed(receipt_digest), receipt_digest
 
 
 def nonce_commitment(provider_nonce: bytes) -> Digest:

@@ -121,6 +121,7 @@ struct WorkReceipt {
     uint64 receivedAt;
     uint64 firstTokenAt;
     uint64 finishedAt;
+    uint32 waitedMs;
     uint96 promptLine;
     uint96 cachedLine;
     uint96 completionLine;
@@ -183,8 +184,8 @@ bytes32 constant PROFILE_TYPEHASH = 0x1c2c35ddaca6d278442f9ba740294ec8fe7c77a229
 bytes32 constant JOB_REQUEST_TYPEHASH = 0x0c6a50247410253f0dd99d39d83df45792980f9aaa05f608cfa25f72b06f93d9;
 /// @dev keccak256 of `Accept(bytes32 jobId,bytes32 providerNonce,bytes32 seed,uint64 acceptedAt)`.
 bytes32 constant ACCEPT_TYPEHASH = 0xfe308c348dca981f35163ea16257c45fe3d71a223cb0fcab6c9d8d3bcbf3fb4f;
-/// @dev keccak256 of `WorkReceipt(address provider,address client,bytes32 jobId,uint32 step,bool isFinal,uint32 promptTokens,uint32 cachedTokens,uint32 completionTokens,uint32 reasoningTokens,uint64 steMicro,bytes32 leavesRoot,uint8 finishReason,uint64 receivedAt,uint64 firstTokenAt,uint64 finishedAt,uint96 promptLine,uint96 cachedLine,uint96 completionLine,uint96 reasoningLine,uint64 multiplier,uint96 perRequest,uint96 refund,uint96 total,uint96 vouched,bytes32 tariffHash,bytes32 previous)`.
-bytes32 constant WORK_RECEIPT_TYPEHASH = 0x29c0159c88841b8a0d49585d252d45395e1bb9c480ffe4490807fa04582faf98;
+/// @dev keccak256 of `WorkReceipt(address provider,address client,bytes32 jobId,uint32 step,bool isFinal,uint32 promptTokens,uint32 cachedTokens,uint32 completionTokens,uint32 reasoningTokens,uint64 steMicro,bytes32 leavesRoot,uint8 finishReason,uint64 receivedAt,uint64 firstTokenAt,uint64 finishedAt,uint32 waitedMs,uint96 promptLine,uint96 cachedLine,uint96 completionLine,uint96 reasoningLine,uint64 multiplier,uint96 perRequest,uint96 refund,uint96 total,uint96 vouched,bytes32 tariffHash,bytes32 previous)`.
+bytes32 constant WORK_RECEIPT_TYPEHASH = 0x9612eb6db5eb6a7d14c9ad4fc0deccadc92c085ab0f0bb42d1006ed5feae0edc;
 /// @dev keccak256 of `ReceiptAck(bytes32 receipt)`.
 bytes32 constant RECEIPT_ACK_TYPEHASH = 0xa8842467d950384da9aad441116f655b2278e69d0917c590ce11697425810093;
 /// @dev keccak256 of `Voucher(address provider,uint96 cumulative)`.

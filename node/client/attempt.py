@@ -7,6 +7,7 @@ recompute is kept as evidence, and nothing beyond the last good increment is pai
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Final
@@ -15,7 +16,19 @@ from incentives.ledger import AckSigned, JobClosed, JobOpened, Role
 from node.client.accounts import Accounts
 from node.crashpoints import crash_point, declare
 from node.jobstream import JobStream
-from node.ports import Clock, Entropy, JobEvent, JobPaid, JobSpec, JobTokens, ModelCard, Store, Stream, StreamEnded
+from node.ports import (
+    Clock,
+    Entropy,
+    JobEvent,
+    JobPaid,
+    JobSpec,
+    JobTokens,
+    ModelCard,
+    Store,
+    Stream,
+    StreamEnded,
+    TransportError,
+)
 from node.whole import whole
 from protocol.errors import ReceiptMismatch, Refused, RemoteProtocolError, UnexpectedFrame
 from protocol.frames import (
@@ -86,13 +99,21 @@ class Attempt:
     """Mutable state of one job with one provider. `acked`: output tokens vouched for; `tokens`: those received."""
 
     def __init__(
-        self, tools: Tools, stream: Stream, offer: CheckedOffer, card: ModelCard, spec: JobSpec, ceiling: Wei
+        self,
+        tools: Tools,
+        stream: Stream,
+        offer: CheckedOffer,
+        card: ModelCard,
+        spec: JobSpec,
+        ceiling: Wei,
+        deadline_ms: int,
     ) -> None:
         self._tools = tools
         self.offer = offer
         self._card = card
         self._spec = spec
         self._ceiling = ceiling
+        self._deadline_ms = deadline_ms
         self.talk = JobStream(stream, Side.CLIENT, tools.clock)
         self.provider = Address(offer.offer.provider)
         self.queue_ms = 0
@@ -106,6 +127,8 @@ class Attempt:
         self._work: Work | None = None
         self._request: JobRequest | None = None
         self._paid = Wei(0)
+        self._accepted_seen = 0
+        self._cancel_sent = False
         self._promised = Wei(0)  # the last voucher of this attempt, cumulative
         self._closed = False
 
@@ -165,7 +188,14 @@ class Attempt:
         await self._tools.store.write(opened)
         self.seed = opened.accept.seed
         self._sealed = sealed
-        self._work = Work.start(opened.job_id, opened.request, self.offer.tariff, self._card.profile, opened.accept)
+        self._work = Work.start(
+            opened.job_id,
+            opened.request,
+            self.offer.tariff,
+            self._card.profile,
+            opened.accept,
+            seen_at=self._accepted_seen,
+        )
 
     async def _keep_tariff(self) -> None:
         """The signed price sheet beside the receipts that name it, so that they verify without anybody's help."""
@@ -196,7 +226,7 @@ class Attempt:
             client_nonce=Digest(self._tools.entropy.token(32)),
             provider_commitment=self._commitment,
             client_box_key=Digest(box.public),
-            deadline=self._tools.clock.now_ms() + int(spec.deadline_s * 1000),
+            deadline=self._deadline_ms,
             parent_job=Digest(parent.job_id) if parent else ZERO_DIGEST,
             parent_seed=parent.seed if parent else ZERO_DIGEST,
         )
@@ -216,6 +246,7 @@ class Attempt:
             raise Refused(frame.code, frame.reason)
         if not isinstance(frame, Accepted):
             raise UnexpectedFrame(type(frame).__name__, "requested")
+        self._accepted_seen = self.talk.received_at
         accept = unpack(Accept, frame.accept)
         verify(self._tools.accounts.domain, accept, frame.signature, self.offer.node_key)
         if bytes(accept.job_id) != bytes(job_id) or nonce_commitment(accept.provider_nonce) != self._commitment:
@@ -273,19 +304,25 @@ class Attempt:
             (token, batch.logprobs[2 * i : 2 * i + 2], batch.projections[16 * i : 16 * i + 16])
             for i, token in enumerate(batch.token_ids)
         )
-        self._work = self._work.take(rows, self._tools.clock.now_ms())
+        self._work = self._work.take(rows, self.talk.received_at)
         self.tokens.extend(batch.token_ids)
         return JobTokens(tuple(batch.token_ids), unpack_fp16(batch.logprobs))
 
-    async def _check(self, receipt: WorkReceipt, signature: bytes) -> Digest:
-        """Recompute, keep evidence of what does not. Raises: BadSignature, ReceiptMismatch."""
+    async def _check(self, receipt: WorkReceipt, signature: bytes, *, final: bool) -> Digest:
+        """Recompute, keep evidence of what does not. `final`: it came with END.
+
+        Raises: BadSignature, ReceiptMismatch.
+        """
         assert self._work is not None
         verify(self._tools.accounts.domain, receipt, signature, self.offer.node_key)
         try:
+            if receipt.is_final != final:
+                raise ReceiptMismatch("is_final", receipt.is_final, final)
             after, receipt_digest = check_receipt(
-                self._tools.accounts.domain, self._work, receipt, self._tools.clock.now_ms()
+                self._tools.accounts.domain, self._work, receipt, self.talk.received_at
             )
             self._check_stop(receipt)
+            self._check_reason(FinishReason(receipt.finish_reason))
             self._check_vouched(receipt)
             if receipt.total > self._ceiling:
                 raise ReceiptMismatch("total", receipt.total, f"at most {self._ceiling}")
@@ -312,9 +349,27 @@ class Attempt:
         if not self._promised <= receipt.vouched <= highest:
             raise ReceiptMismatch("vouched", receipt.vouched, f"{self._promised} to {highest}")
 
-    async def _vouch(self, receipt: WorkReceipt, signature: bytes) -> tuple[VoucherFrame, Digest]:
+    def _check_reason(self, finish: FinishReason) -> None:
+        """A reason to end that only we can know to be false. Raises: ReceiptMismatch."""
+        if finish is FinishReason.CANCELLED and not self._cancel_sent:
+            raise ReceiptMismatch("finish_reason", "cancelled", "not cancelled by us")
+        if finish is FinishReason.ESCROW_EXHAUSTED and self._covers_more():
+            raise ReceiptMismatch("finish_reason", "escrow exhausted", "a channel that covers the next increment")
+
+    def _covers_more(self) -> bool:
+        """Whether our channel, less what our other jobs reserve, holds the worst case of the next increment."""
+        assert self._work is not None
+        request = self._work.request
+        upto = min(request.max_tokens, self._work.completion_tokens + INCREMENT_TOKENS)
+        worst = worst_case_up(
+            self.offer.tariff, request.prompt_tokens, upto, Tier(request.tier), private=request.is_private
+        )
+        channel = self._tools.accounts.channel(self.provider)
+        return channel.free + channel.reserved.get(self.job_id, 0) >= max(0, worst - self._paid)
+
+    async def _vouch(self, receipt: WorkReceipt, signature: bytes, *, final: bool) -> tuple[VoucherFrame, Digest]:
         before = self.total
-        receipt_digest = await self._check(receipt, signature)
+        receipt_digest = await self._check(receipt, signature, final=final)
         fresh = tuple(self.tokens[self.acked :])
         voucher, voucher_signature = await self._tools.accounts.vouch(
             self.provider, self.job_id, before, receipt, receipt_digest, signature, fresh
@@ -326,16 +381,14 @@ class Attempt:
         return VoucherFrame(receipt.step, pack(voucher), voucher_signature), receipt_digest
 
     async def _on_receipt(self, receipt: WorkReceipt, signature: bytes) -> JobPaid:
-        if receipt.is_final:
-            raise ReceiptMismatch("is_final", True, False)
-        frame, _ = await self._vouch(receipt, signature)
+        came_at = self.talk.received_at
+        frame, _ = await self._vouch(receipt, signature, final=False)
         await self.talk.send(frame)
+        self._work = self._work.waited(self._tools.clock.now_ms() - came_at) if self._work else None
         return JobPaid(Wei(receipt.total))
 
     async def _on_end(self, receipt: WorkReceipt, signature: bytes) -> JobPaid:
-        if not receipt.is_final:
-            raise ReceiptMismatch("is_final", False, True)
-        frame, receipt_digest = await self._vouch(receipt, signature)
+        frame, receipt_digest = await self._vouch(receipt, signature, final=True)
         ack = ReceiptAck(receipt_digest)
         finish = FinishReason(receipt.finish_reason)
         await self._tools.store.write(
@@ -346,9 +399,11 @@ class Attempt:
         self.final = receipt
         self._tools.accounts.release(self.provider, self.job_id)
         session = self._tools.accounts.session
-        await self.talk.send(
-            Ack(pack(ack), session.sign(self._tools.accounts.domain, ack), frame.voucher, frame.signature)
-        )
+        # The job is paid and closed whether the acknowledgement arrives or not: a later voucher covers it.
+        with contextlib.suppress(TransportError):
+            await self.talk.send(
+                Ack(pack(ack), session.sign(self._tools.accounts.domain, ack), frame.voucher, frame.signature)
+            )
         return JobPaid(Wei(receipt.total))
 
     # -------------------------------------------------------------------------------------------------------- endings
@@ -356,6 +411,7 @@ class Attempt:
     async def cancel(self, limit_s: float) -> None:
         """Stop the job and pay for what was delivered. Raises: what `next_events` raises."""
         if self.talk.conversation.state is State.RUNNING:
+            self._cancel_sent = True
             await self.talk.send(Cancel())
         deadline = self._tools.clock.monotonic() + limit_s
         while self.final is None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -55,6 +56,10 @@ DIAL_TIMEOUT_S: Final = 5.0
 CANCEL_TIMEOUT_S: Final = 5.0
 """How long a cancelled job may take to give its final receipt. Unit: s. Past it what was vouched for stands."""
 
+PENALTY_S: Final = 60.0
+"""How long one failure of a provider counts against it. Unit: s. A restart takes less; doubling it doubles how long a
+provider that is well again stays unused."""
+
 MAX_ATTEMPTS: Final = 4
 """Providers one stream may pass through. Unit: attempts. Each pays a prefill of everything so far again."""
 
@@ -75,6 +80,7 @@ class _Progress:
     """
 
     spec: JobSpec
+    deadline_ms: int
     delivered: list[int] = field(default_factory=list)
     acked: list[int] = field(default_factory=list)
     parent: Parent | None = None
@@ -117,7 +123,7 @@ class Router:
         self._entropy = entropy
         self._tools = Tools(accounts, store, clock, entropy, settings.stall_s)
         self._cards: dict[Digest, ModelCard] = {}
-        self._penalties: dict[Address, int] = {}
+        self._penalties: dict[Address, tuple[int, float]] = {}  # failures, and when the last one was
         self._winding_down: set[asyncio.Task[None]] = set()
         self.jobs_done = 0
         self.jobs_failed = 0
@@ -188,7 +194,7 @@ class Router:
     async def run(self, spec: JobSpec) -> AsyncIterator[JobEvent]:
         """Run one job; see the Marketplace port."""
         card = await self.card(spec.model)
-        progress = _Progress(spec)
+        progress = _Progress(spec, self._clock.now_ms() + int(spec.deadline_s * 1000))
         failure: TallyError | None = None
         while len(progress.attempts) < MAX_ATTEMPTS:
             try:
@@ -198,31 +204,34 @@ class Router:
                 raise
             progress.attempts.append(attempt)
             failover = len(progress.attempts) > 1
-            finished = False
+            over = False
             try:
                 yield JobStarted(job_id, attempt.provider, attempt.offer.tariff, failover)
-                async for event in self._follow(progress, attempt):
-                    yield event
-                finished = True
+                async with aclosing(self._follow(progress, attempt)) as events:
+                    async for event in events:
+                        yield event
+                over = True
             except (TransportError, RemoteProtocolError, Refused) as exc:
-                finished = True
-                failure = exc
-                await self._give_up(progress, attempt, exc)
-                continue
+                if attempt.final is None:
+                    failure = exc
+                    await self._give_up(progress, attempt, exc)
+                    over = True
+                    continue
+                over = True
             except JobFailed as exc:  # what was shown cannot go on: nothing more is paid to whoever wrote otherwise
-                finished = True
                 self.jobs_failed += 1
                 await self._give_up(progress, attempt, exc)
+                over = True
                 raise
             finally:
-                if not finished:
+                if not over:
                     self._wind_down(attempt)
             yield self._conclude(progress, attempt)
             return
         self.jobs_failed += 1
         raise JobFailed(self._obituary(progress, failure)) from failure
 
-    async def _follow(self, progress: _Progress, attempt: Attempt) -> AsyncIterator[JobEvent]:
+    async def _follow(self, progress: _Progress, attempt: Attempt) -> AsyncGenerator[JobEvent, None]:
         """Events of one attempt until its END is acknowledged, tokens already delivered left out."""
         base = len(progress.acked)
         while attempt.final is None:
@@ -258,10 +267,16 @@ class Router:
         Raises: NoProvider, JobFailed (a continuation found nobody), InsufficientFunds, Refused (all said no).
         """
         try:
+            try:
+                return await self._first_accepting(progress, card)
+            except Refused as exc:
+                if exc.code != RefusalCode.TARIFF:
+                    raise
+            # A provider that restarted or changed its prices refuses jobs under its earlier offer: look again, once.
+            await self._directory.refresh()
+            progress.tried.difference_update(progress.refused)
             return await self._first_accepting(progress, card)
         except Refused as exc:
-            if exc.code == RefusalCode.TARIFF:
-                return await self._with_fresh_offers(progress, card, exc)
             if failure is not None:
                 raise JobFailed(self._obituary(progress, failure)) from exc
             if exc.code == RefusalCode.PAYMENT_REQUIRED:
@@ -271,16 +286,6 @@ class Router:
             if failure is not None:
                 raise JobFailed(self._obituary(progress, failure)) from exc
             raise
-
-    async def _with_fresh_offers(self, progress: _Progress, card: ModelCard, stale: Refused) -> tuple[Attempt, JobId]:
-        """Once more: a provider that restarted or changed its prices refuses jobs under its earlier offer."""
-        await self._directory.refresh()
-        progress.tried.difference_update(progress.refused)
-        progress.refused.clear()
-        try:
-            return await self._first_accepting(progress, card)
-        except NoProvider as exc:
-            raise stale from exc
 
     async def _first_accepting(self, progress: _Progress, card: ModelCard) -> tuple[Attempt, JobId]:
         """Raises: NoProvider, InsufficientFunds, Refused (the last that said no), StoreError."""
@@ -322,14 +327,12 @@ class Router:
         }
         candidates = [Candidate(checked.offer, checked.tariff, Wei(0)) for checked in offers.values()]
         salt = self._entropy.token(8)
-        fit = rank(candidates, needs, salt, now, self._penalties)[:MAX_QUOTES]
+        fit = rank(candidates, needs, salt, now, self._failures())[:MAX_QUOTES]
         if not fit:
             reasons = {rule_out(candidate, needs, now) or "it already failed this job" for candidate in candidates}
             raise NoProvider(f"no provider can take this job: {'; '.join(sorted(reasons)) or 'all were tried'}")
-        asked = await asyncio.gather(
-            *(self._ask(offers[Address(c.offer.provider)], card, progress, ceiling) for c in fit)
-        )
-        quoted = {attempt.provider: attempt for attempt in asked if attempt is not None}
+        asked = await self._ask_all([offers[Address(c.offer.provider)] for c in fit], card, progress, ceiling)
+        quoted = {attempt.provider: attempt for attempt in asked}
         waits = [
             Candidate(c.offer, c.tariff, c.stake, quoted[Address(c.offer.provider)].queue_ms)
             for c in fit
@@ -337,7 +340,22 @@ class Router:
         ]
         if not waits:
             raise NoProvider(f"none of the {len(fit)} providers that offer {spec.model!r} answered; try again shortly")
-        return [quoted[Address(c.offer.provider)] for c in rank(waits, needs, salt, now, self._penalties)]
+        return [quoted[Address(c.offer.provider)] for c in rank(waits, needs, salt, now, self._failures())]
+
+    async def _ask_all(
+        self, offers: list[CheckedOffer], card: ModelCard, progress: _Progress, ceiling: Wei
+    ) -> list[Attempt]:
+        """Those that quoted, each with its stream open; a caller that leaves meanwhile leaves none open."""
+        asking = [asyncio.create_task(self._ask(checked, card, progress, ceiling)) for checked in offers]
+        try:
+            return [attempt for attempt in await asyncio.gather(*asking) if attempt is not None]
+        except BaseException:
+            for task in asking:
+                task.cancel()
+            for outcome in await asyncio.gather(*asking, return_exceptions=True):
+                if isinstance(outcome, Attempt):
+                    await outcome.talk.__aexit__(None, None, None)
+            raise
 
     async def _ask(self, checked: CheckedOffer, card: ModelCard, progress: _Progress, ceiling: Wei) -> Attempt | None:
         """An attempt holding a quote, or None when the provider did not give one."""
@@ -349,7 +367,7 @@ class Router:
             self._penalise(provider, exc)
             progress.tried.add(provider)
             return None
-        attempt = Attempt(self._tools, stream, checked, card, progress.spec, ceiling)
+        attempt = Attempt(self._tools, stream, checked, card, progress.spec, ceiling, progress.deadline_ms)
         await attempt.talk.__aenter__()
         try:
             await attempt.quote(len(progress.prompt), progress.max_tokens)
@@ -368,7 +386,15 @@ class Router:
 
     def _penalise(self, provider: Address, exc: Exception) -> None:
         log.warning("provider 0x%s failed: %s", provider.hex(), exc)
-        self._penalties[provider] = min(8, self._penalties.get(provider, 0) + 1)
+        count = self._failures().get(provider, 0)
+        self._penalties[provider] = (min(8, count + 1), self._clock.monotonic())
+
+    def _failures(self) -> dict[Address, int]:
+        """Recent failures per provider: one is forgotten every PENALTY_S. Drops those that are all forgotten."""
+        now = self._clock.monotonic()
+        left = {who: count - int((now - at) / PENALTY_S) for who, (count, at) in self._penalties.items()}
+        self._penalties = {who: self._penalties[who] for who, count in left.items() if count > 0}
+        return {who: count for who, count in left.items() if count > 0}
 
     async def _give_up(self, progress: _Progress, attempt: Attempt, exc: TallyError) -> None:
         """This attempt is over without END: close it at what was vouched for and prepare the continuation."""
@@ -388,10 +414,14 @@ class Router:
             try:
                 with contextlib.suppress(TransportError, RemoteProtocolError, Refused, Overspend):
                     await attempt.cancel(CANCEL_TIMEOUT_S)
+            except TallyError as exc:
+                log.error("a cancelled job was not wound down in order: %s", exc)
+            finally:
                 await attempt.talk.__aexit__(None, None, None)
-                await attempt.close(reason, "cancelled by the caller")
-            except StoreError as exc:
-                log.error("a cancelled job could not be closed in the journal: %s", exc)
+                try:
+                    await attempt.close(reason, "cancelled by the caller")
+                except StoreError as exc:
+                    log.error("a cancelled job could not be closed in the journal: %s", exc)
 
         task = asyncio.create_task(finish())
         self._winding_down.add(task)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from node.ports import EngineRequest, Sampling
 from protocol.eip712 import Domain
 from protocol.errors import FieldOutOfRange, Refused, RemoteProtocolError
-from protocol.frames import RefusalCode, Request
+from protocol.frames import CHUNK_BYTES, RefusalCode, Request
 from protocol.messages import JobRequest, Tariff
 from protocol.packing import unpack
 from protocol.sampling import check_sampling, derive_seed
@@ -78,6 +78,8 @@ def check_request(domain: Domain, terms: Terms, frame: Request, nonce: bytes, no
 def _check_sizes(terms: Terms, frame: Request, request: JobRequest) -> None:
     if request.prompt_tokens < 1 or request.max_tokens < 1:
         raise Refused(RefusalCode.BAD_REQUEST, "a job needs at least one prompt token and one output token")
+    if frame.prompt_chunks != max(1, -(-4 * request.prompt_tokens // CHUNK_BYTES)):
+        raise RemoteProtocolError(f"{frame.prompt_chunks} chunks cannot be a prompt of {request.prompt_tokens} tokens")
     if request.prompt_tokens + request.max_tokens > terms.max_context:
         raise Refused(RefusalCode.CONTEXT_LENGTH, f"prompt and output together may have {terms.max_context} tokens")
     if request.max_tokens > terms.max_output:

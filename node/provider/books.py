@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Final
 
 from incentives.channel import (
     ActionRelease,
@@ -28,6 +29,11 @@ from protocol.units import Address, JobId, Wei
 log = logging.getLogger("tally.provider.books")
 
 
+UNPAID_INCREMENTS: Final = 2
+"""First increments that a payer may owe for good before it is refused. Unit: increments of the job it asks for. An
+honest one whose network broke pays it off by its next job; doubling it doubles what a dishonest one gets."""
+
+
 class Books:
     """All channels of one provider wallet. `on_exit` is called when a payer asks to leave with vouchers unsettled."""
 
@@ -39,6 +45,7 @@ class Books:
         self._channels: dict[Address, Channel] = {}
         self._signatures: dict[Address, bytes] = {}
         self._locks: dict[Address, asyncio.Lock] = {}
+        self._unpaid: dict[Address, Wei] = {}
 
     async def load(self) -> None:
         """Rebuild every channel from the journal. Raises: StoreError."""
@@ -86,6 +93,18 @@ class Books:
         if any(isinstance(effect, SettleNow) for effect in step.effects):
             self._on_exit()
 
+    def trusts(self, client: Address, first: Wei) -> bool:
+        """Whether what this payer was given and never vouched for leaves room for another first increment.
+
+        Each job may lose one increment; without this account a payer could live on first increments alone.
+        """
+        return self._unpaid.get(client, 0) <= UNPAID_INCREMENTS * first
+
+    def lose(self, client: Address, amount: Wei) -> None:
+        """A job ended with `amount` wei delivered and not vouched for. Forgotten at a restart, as is who lost it."""
+        if amount > 0:
+            self._unpaid[client] = Wei(self._unpaid.get(client, 0) + amount)
+
     def reserve(self, client: Address, job_id: JobId, amount: Wei) -> None:
         """Raises: Overspend when confirmed escrow does not cover it."""
         self._channels[client] = apply(self.channel(client), ActionReserve(job_id, amount)).state
@@ -113,9 +132,11 @@ class Books:
             self._channels[client] = apply(self.channel(client), change).state
             if raised:
                 self._signatures[client] = signature
+            if client in self._unpaid and after > before:
+                self._unpaid[client] = Wei(max(0, self._unpaid[client] - (after - before)))
 
     async def cover(self, client: Address, job_id: JobId, step: int, before: Wei, after: Wei) -> bool:
-        """Count a receipt that comes to no more than was vouched for: the voucher we hold covers it; False if none does.
+        """Count a receipt that comes to no more than was vouched for: our voucher covers it; False if none does.
 
         A refund lowers the final receipt. It must count before the client can see it: a client that has counted it
         promises less for its next job than we would ask, should its acknowledgement be lost. Raises: StoreError.

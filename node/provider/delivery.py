@@ -78,9 +78,13 @@ class Delivery:
         self._engine_finish = FinishReason.OPEN
         self._failure: Exception | None = None
         self._wake = asyncio.Event()
+        self._space = asyncio.Event()
+        self._receipted_at = 0.0  # monotonic
         self._cancelled = False
         self._unvouched: WorkReceipt | None = None  # the receipt whose voucher we wait for
         self._acked = Wei(0)  # the job's total at its last vouched receipt
+        self._client_failed = False
+        self._closed = False
         self._covered = False  # the final receipt needs no new voucher
         self._acknowledged = asyncio.Event()
 
@@ -98,18 +102,31 @@ class Delivery:
             finish = await self._deliver()
             await self._end(finish)
         except StreamEnded as exc:
+            self._client_failed = True
             finish, detail = FinishReason.CANCELLED, f"the client vanished: {exc}"
         except RemoteProtocolError as exc:
+            self._client_failed = True
             detail = str(exc)
             raise
         finally:
             for task in (pump, reader):
                 task.cancel()
             await asyncio.gather(pump, reader, return_exceptions=True)
-            self._tools.books.release(self._client, self._work.job_id)
-            closed = JobClosed(Role.PROVIDER, self._work.job_id, finish, self._acked, detail)
-            await asyncio.shield(self._tools.store.write(closed))
+            await whole(self.close(finish, detail))
         return finish
+
+    async def close(self, finish: FinishReason, detail: str) -> None:
+        """Make the job terminal: release its escrow, remember what its client owes, journal. Idempotent.
+
+        Raises: StoreError.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._tools.books.release(self._client, self._work.job_id)
+        if self._client_failed:
+            self._tools.books.lose(self._client, Wei(self._work.cost(0).total - self._acked))
+        await self._tools.store.write(JobClosed(Role.PROVIDER, self._work.job_id, finish, self._acked, detail))
 
     # -------------------------------------------------------------------------------------------------- what comes in
 
@@ -117,6 +134,9 @@ class Delivery:
         """Engine tokens into the buffer, never more than one increment ahead of delivery."""
         try:
             async for token in tokens:
+                while len(self._rows) >= INCREMENT_TOKENS:
+                    self._space.clear()
+                    await self._space.wait()
                 if not self._work.completion_tokens and not self._rows:
                     self._work = replace(self._work, cached_tokens=token.cached_tokens)
                 self._rows.append((token.token_id, token.logprob, token.projection))
@@ -160,6 +180,8 @@ class Delivery:
         )
         self._acked = Wei(receipt.total)
         self._unvouched = None
+        if not receipt.is_final:
+            self._work = self._work.waited(int((self._tools.clock.monotonic() - self._receipted_at) * 1000))
         crash_point(VOUCHER_JOURNALED)
 
     async def _on_ack(self, frame: Ack) -> None:
@@ -182,13 +204,15 @@ class Delivery:
         while True:
             # SPEC 4.3: no token of the next leaf leaves before the voucher for this one has been checked
             await self._vouched()
-            if self._work.step and not self._work.pending and not self._reserve_next():
+            if self._work.step and not self._work.pending and not await self._reserve_next():
                 return FinishReason.ESCROW_EXHAUSTED
             await self._tokens_to_send(sent_at)
             if self._cancelled:
                 return FinishReason.CANCELLED
             if self._until_deadline() <= 0:
                 return FinishReason.DEADLINE
+            if not self._rows:
+                continue  # the deadline came nearer while we waited, and went away again: the clock was set back
             await self._send_tokens()
             sent_at = self._tools.clock.monotonic()
             if not self._rows and self._engine_finish is not FinishReason.OPEN:
@@ -229,13 +253,16 @@ class Delivery:
         if self._failure:
             raise self._failure
 
-    def _reserve_next(self) -> bool:
+    async def _reserve_next(self) -> bool:
         """Hold escrow for the next increment before a token of it leaves; False when it does not cover one."""
         work, request = self._work, self._work.request
         upto = min(request.max_tokens, work.completion_tokens + INCREMENT_TOKENS)
         worst = worst_case_up(work.tariff, request.prompt_tokens, upto, Tier(request.tier), private=request.is_private)
+        needed = Wei(max(0, worst - self._acked))
+        self._tools.books.release(self._client, work.job_id)
+        await self._tools.books.confirm(self._client, needed)  # a top-up we have not seen yet counts
         try:
-            self._tools.books.reserve(self._client, work.job_id, Wei(max(0, worst - self._acked)))
+            self._tools.books.reserve(self._client, work.job_id, needed)
         except Overspend as exc:
             log.info("job %s ends at its escrow: %s", work.job_id.hex()[:16], exc)
             return False
@@ -244,6 +271,7 @@ class Delivery:
     async def _send_tokens(self) -> None:
         rows = tuple(self._rows[: self._work.room])
         del self._rows[: len(rows)]
+        self._space.set()
         start = self._work.completion_tokens
         self._work = self._work.take(rows, self._tools.clock.now_ms())
         batch = TokenBatch(
@@ -265,6 +293,7 @@ class Delivery:
             self._covered = await self._tools.books.cover(self._client, job_id, receipt.step, self._acked, total)
             self._acked = total if self._covered else self._acked
         self._unvouched = receipt
+        self._receipted_at = self._tools.clock.monotonic()
         crash_point(RECEIPT_JOURNALED)
         return receipt, self._tools.signer.sign_digest(Digest(receipt_digest))
 

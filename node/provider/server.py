@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from typing import Final
 
 from incentives.ledger import JobOpened, Role
@@ -13,6 +14,7 @@ from node.ports import Engine, EngineFull, Entropy, ModelCard, Stream, StreamEnd
 from node.provider.admission import Admitted, check_prompt, check_request, engine_request
 from node.provider.delivery import Delivery, Tools
 from node.provider.offering import Offering
+from node.whole import whole
 from protocol import frames
 from protocol.errors import Overspend, Refused, RemoteProtocolError, TallyError, UnexpectedFrame
 from protocol.frames import (
@@ -40,11 +42,17 @@ log = logging.getLogger("tally.provider")
 ASK_TIMEOUT_S: Final = 10.0
 """A stream that says nothing for this long is closed. Unit: s."""
 
+PROMPT_TIMEOUT_S: Final = 30.0
+"""For the whole prompt. Unit: s. The largest context sold is a few MiB; a stream is held meanwhile."""
+
 QUOTE_LIFE_S: Final = 30.0
 """How long a quote waits for its request. Unit: s. The nonce it commits to is held in memory as long."""
 
 MAX_STREAMS: Final = 256
-"""Job streams at once, quotes included. Each holds one increment and a conversation, some 100 KiB at most."""
+"""Job streams at once, quotes included. Each holds one increment and a conversation; more would wait for slots."""
+
+MAX_STREAMS_PER_PEER: Final = 128
+"""Job streams of one peer at once, so that none keeps the others out. A busy gateway has as many as we have slots."""
 
 
 class JobServer:
@@ -59,7 +67,7 @@ class JobServer:
         self.draining = False
         self.jobs_served = 0
         self.tokens_served = 0
-        self._streams = 0
+        self._streams: Counter[str] = Counter()
         self._running: set[asyncio.Task[None]] = set()
 
     @property
@@ -78,15 +86,18 @@ class JobServer:
 
     async def handle_job(self, stream: Stream) -> None:
         """One stream of /tally/job/1."""
-        if self._streams >= MAX_STREAMS:
+        peer = stream.peer_id
+        if self._streams.total() >= MAX_STREAMS or self._streams[peer] >= MAX_STREAMS_PER_PEER:
             await stream.reset()
             return
-        self._streams += 1
+        self._streams[peer] += 1
         try:
             async with JobStream(stream, Side.PROVIDER, self._tools.clock) as talk:
                 await self._converse(talk)
         finally:
-            self._streams -= 1
+            self._streams[peer] -= 1
+            if not self._streams[peer]:
+                del self._streams[peer]
 
     async def _converse(self, talk: JobStream) -> None:
         """Quote, request, delivery; and the one place that turns what went wrong into the client's last frame."""
@@ -140,12 +151,19 @@ class JobServer:
         if admitted.request.client_box_key == box_key.public:
             raise RemoteProtocolError("the client uses our own box key")
         sealed = Sealed(box_key, admitted.request.client_box_key, we_are_client=False)
-        plaintext = b"".join([sealed.unseal((await self._chunk(talk)).sealed) for _ in range(frame.prompt_chunks)])
+        plaintext = await self._read_prompt(talk, sealed, frame.prompt_chunks)
         prompt = check_prompt(terms, admitted, frame.salt, plaintext)
         client = Address(admitted.request.client)
         await tools.books.confirm(client, admitted.first_increment)
         if await tools.store.job(admitted.job_id) is not None:
             raise Refused(RefusalCode.DUPLICATE, "this job was requested before; a new one needs a new client nonce")
+        if self.draining:
+            raise Refused(RefusalCode.DRAINING, "this provider is shutting down")
+        if not tools.books.trusts(client, admitted.first_increment):
+            reason = (
+                "too much was delivered on this channel and never vouched for; it serves again once that is made up"
+            )
+            raise Refused(RefusalCode.PAYMENT_REQUIRED, reason)
         # SPEC 4.11: before the first token it reserves the worst case of prompt and first increment
         try:
             tools.books.reserve(client, admitted.job_id, Wei(admitted.first_increment))
@@ -160,8 +178,15 @@ class JobServer:
             self._running.discard(task)
             tools.books.release(client, admitted.job_id)
 
-    async def _chunk(self, talk: JobStream) -> PromptChunk:
-        return await talk.expect(PromptChunk, ASK_TIMEOUT_S)
+    async def _read_prompt(self, talk: JobStream, sealed: Sealed, chunks: int) -> bytes:
+        """The unsealed prompt. One deadline for all of it, however it is dripped. Raises: StreamEnded."""
+        try:
+            async with asyncio.timeout(PROMPT_TIMEOUT_S):
+                return b"".join(
+                    [sealed.unseal((await talk.expect(PromptChunk, ASK_TIMEOUT_S)).sealed) for _ in range(chunks)]
+                )
+        except TimeoutError as exc:
+            raise StreamEnded(f"the prompt was not complete in {PROMPT_TIMEOUT_S:g} s") from exc
 
     async def _accept_and_deliver(
         self, talk: JobStream, frame: Request, admitted: Admitted, nonce: bytes, sealed: Sealed, prompt: tuple[int, ...]
@@ -176,21 +201,23 @@ class JobServer:
         async with contextlib.aclosing(tokens):
             accept = Accept(Digest(admitted.job_id), Digest(nonce), admitted.seed, tools.clock.now_ms())
             signature = tools.signer.sign(tools.domain, accept)
-            await tools.store.write(
-                JobOpened(
-                    Role.PROVIDER,
-                    admitted.job_id,
-                    admitted.request,
-                    frame.signature,
-                    accept,
-                    signature,
-                    self._card.model,
-                )
+            opened = JobOpened(
+                Role.PROVIDER,
+                admitted.job_id,
+                admitted.request,
+                frame.signature,
+                accept,
+                signature,
+                self._card.model,
             )
-            await talk.send(Accepted(pack(accept), signature))
             work = Work.start(admitted.job_id, admitted.request, admitted.tariff, self._card.profile, accept)
             delivery = Delivery(tools, talk, sealed, work)
-            finish = await delivery.run(tokens)
+            await whole(tools.store.write(opened))
+            try:
+                await talk.send(Accepted(pack(accept), signature))
+                finish = await delivery.run(tokens)
+            finally:
+                await whole(delivery.close(FinishReason.CANCELLED, "the client was gone before it could be accepted"))
         self.tokens_served += delivery.work.completion_tokens
         self.jobs_served += finish is not FinishReason.ERROR
 

@@ -204,13 +204,24 @@ async def test_missed_promise_refunds_by_formula() -> None:
 
 async def test_missed_deadline_ends_the_job_with_its_refund() -> None:
     async with Market() as market:
-        seller = await market.seller(standard_refund_bps=BPS // 2)
+        promised = {"standard_ttft_ms": 100, "standard_tpot_ms": 2}
+        seller = await market.seller(standard_refund_bps=BPS // 2, **promised)
         buyer = await market.buyer()
         stop_at(seller, 40)
         tokens, done, _ = await run(buyer, spec(200, deadline_s=0.6))
         assert done.finish is FinishReason.DEADLINE
         metered = PROMPT_COST + len(tokens) * TOKEN
         assert done.cost == metered - metered // 2
+
+
+async def test_deadline_that_the_tier_never_promised_gives_no_refund() -> None:
+    async with Market() as market:
+        seller = await market.seller(standard_refund_bps=BPS)
+        buyer = await market.buyer()
+        stop_at(seller, 40)
+        tokens, done, _ = await run(buyer, spec(200, deadline_s=0.6))
+        assert done.finish is FinishReason.DEADLINE
+        assert done.cost == PROMPT_COST + len(tokens) * TOKEN
 
 
 async def test_over_length_request_costs_nothing() -> None:
