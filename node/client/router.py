@@ -15,7 +15,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from incentives.ledger import JobClosed, Role
@@ -162,8 +162,15 @@ class Router:
         return sorted(entries, key=lambda entry: (entry.model, entry.tariff.completion_price, entry.provider))
 
     async def card(self, model: str) -> ModelCard:
-        """The card of the profile that serves `model`. Raises: NoProvider."""
+        """The card of the profile that serves `model`, with the longest context on offer. Raises: NoProvider."""
         offers = await self._offers(model)
+        card = await self._fetched(model, offers)
+        # No hash binds the context: it is what each provider offers, not what whoever gave the card says.
+        longest = max(o.offer.max_context for o in offers if o.offer.profile_id == card.profile_id)
+        return replace(card, max_context=longest)
+
+    async def _fetched(self, model: str, offers: list[CheckedOffer]) -> ModelCard:
+        """A card known, or fetched now, of one of the offers. Raises: NoProvider."""
         reasons = []
         for checked in offers:
             known = self._cards.get(checked.offer.profile_id)
