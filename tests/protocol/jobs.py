@@ -45,7 +45,10 @@ REQUEST: Final = JobRequest(
 
 @dataclass(frozen=True)
 class Job:
-    """`frames`: tokens per frame and ms since the last. `lag_ms`: how much later the client hears. `vouched`: wei."""
+    """`frames`: tokens per frame and ms since the last. `lag_ms`: how much later the client hears. `vouched`: wei.
+
+    `wait_ms`: how long each voucher lets the provider wait.
+    """
 
     request: JobRequest
     tariff: Tariff
@@ -54,12 +57,13 @@ class Job:
     finish: FinishReason
     lag_ms: int
     vouched: Wei
+    wait_ms: int = 0
 
-    def begin(self) -> Work:
-        """Either side's account at acceptance."""
+    def begin(self, seen_at: int = 0) -> Work:
+        """Either side's account at acceptance; `seen_at` of a client."""
         job_id = JobId(digest(DOMAIN, self.request))
         accept = Accept(Digest(job_id), ZERO_DIGEST, ZERO_DIGEST, START)
-        return Work.start(job_id, self.request, self.tariff, PROFILE, accept)
+        return Work.start(job_id, self.request, self.tariff, PROFILE, accept, seen_at)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Stage:
 
 def play(job: Job) -> Iterator[Stage]:
     """Every receipt the provider makes; send back the client's account after it. The last is final."""
-    provider = client = job.begin()
+    provider, client = job.begin(), job.begin(START + job.lag_ms)
     now = START
     for rows, pause in job.frames:
         now += pause
@@ -83,10 +87,12 @@ def play(job: Job) -> Iterator[Stage]:
                 provider = replace(provider, cached_tokens=job.cached)
             part, rows = rows[: provider.room], rows[provider.room :]
             provider, client = provider.take(part, now), client.take(part, now + job.lag_ms)
-            if provider.room == 0 and len(provider.pending) == 32:
+            if len(provider.pending) == 32 and provider.completion_tokens < job.request.max_tokens:
                 provider, receipt = provider.receipt(FinishReason.OPEN, 0, job.vouched)
                 provider = provider.sealed(digest(DOMAIN, receipt))
                 client = yield Stage(client, receipt, provider, now + job.lag_ms)
+                now += job.wait_ms
+                provider, client = provider.waited(job.wait_ms), client.waited(job.wait_ms)
     finish = job.finish
     if provider.completion_tokens == job.request.max_tokens:
         finish = FinishReason.LENGTH
@@ -97,7 +103,10 @@ def play(job: Job) -> Iterator[Stage]:
 
 
 rows = st.tuples(st.integers(0, (1 << 32) - 1), st.binary(min_size=2, max_size=2), st.binary(min_size=16, max_size=16))
-endings = st.sampled_from([reason for reason in FinishReason if reason not in (FinishReason.OPEN, FinishReason.LENGTH)])
+NOT_CHOSEN: Final = (FinishReason.OPEN, FinishReason.LENGTH, FinishReason.ERROR)
+"""Reasons a provider does not choose to end by: still running, follows from the count, and nobody pays for it."""
+
+endings = st.sampled_from([reason for reason in FinishReason if reason not in NOT_CHOSEN])
 
 
 @st.composite
@@ -124,6 +133,7 @@ def jobs(draw: st.DrawFn, sheets: st.SearchStrategy[Tariff] | None = None) -> Jo
         finish=draw(endings),
         lag_ms=draw(st.integers(0, 2_000)),
         vouched=Wei(draw(st.integers(0, 1 << 95))),
+        wait_ms=draw(st.integers(0, 5_000)),
     )
 
 

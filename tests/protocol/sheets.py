@@ -125,8 +125,9 @@ def usages(draw: st.DrawFn, prompt: st.SearchStrategy[int] = prompt_counts) -> U
 
 @st.composite
 def timings(draw: st.DrawFn) -> Timing:
-    """Times in order; zero where it has not happened."""
+    """Times in order; zero where it has not happened. Any wait for vouchers."""
     received = draw(st.integers(1, 2**41))
     first = draw(st.one_of(st.just(0), st.integers(received, received + 20_000)))
     start = max(received, first)
-    return Timing(received, first, draw(st.one_of(st.just(0), st.integers(start, start + 10**6))))
+    finished = draw(st.one_of(st.just(0), st.integers(start, start + 10**6)))
+    return Timing(received, first, finished, draw(st.one_of(st.just(0), st.integers(0, 10**6))))

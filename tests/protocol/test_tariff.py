@@ -60,11 +60,11 @@ def test_cost_is_the_exact_fraction_rounded_up_once(tariff: Tariff, usage: Usage
 
 
 @ON_SLOW_CPU
-@given(tariffs(), usages(), tiers, st.booleans(), timings(), st.booleans())
+@given(tariffs(), usages(), tiers, st.booleans(), timings())
 def test_every_line_is_exact_and_the_total_is_their_sum(
-    tariff: Tariff, usage: Usage, tier: Tier, private: bool, timing: Timing, late: bool
+    tariff: Tariff, usage: Usage, tier: Tier, private: bool, timing: Timing
 ) -> None:
-    cost = cost_up(tariff, usage, tier, timing, private=private, missed_deadline=late)
+    cost = cost_up(tariff, usage, tier, timing, private=private)
     lines = cost.prompt_line + cost.cached_line + cost.completion_line + cost.reasoning_line
     assert Fraction(lines * cost.multiplier, BPS**4) == exact_metered(tariff, usage, tier, private)
     assert cost.total == math.ceil(Fraction(lines * cost.multiplier, BPS**4)) + cost.per_request - cost.refund
@@ -76,9 +76,10 @@ def test_every_line_is_exact_and_the_total_is_their_sum(
 def test_refund_is_the_tiers_share_of_the_metered_part(
     tariff: Tariff, usage: Usage, tier: Tier, private: bool, timing: Timing
 ) -> None:
-    cost = cost_up(tariff, usage, tier, timing, private=private, missed_deadline=True)
+    cost = cost_up(tariff, usage, tier, timing, private=private)
     metered = math.ceil(exact_metered(tariff, usage, tier, private))
-    assert cost.refund == math.floor(metered * refund_share(tariff, tier))
+    missed = price.promise_missed(tariff, tier, timing, usage.completion)
+    assert cost.refund == (math.floor(metered * refund_share(tariff, tier)) if missed else 0)
     assert 0 <= cost.refund <= metered and cost.total >= tariff.per_request
 
 
@@ -109,12 +110,12 @@ def test_cached_tokens_are_never_dearer(
 
 
 @ON_SLOW_CPU
-@given(tariffs(), usages(), tiers, st.booleans(), timings(), st.booleans(), st.integers(0, 100))
+@given(tariffs(), usages(), tiers, st.booleans(), timings(), st.integers(0, 100))
 def test_the_worst_case_bounds_every_outcome_of_the_job(
-    tariff: Tariff, usage: Usage, tier: Tier, private: bool, timing: Timing, late: bool, spare: int
+    tariff: Tariff, usage: Usage, tier: Tier, private: bool, timing: Timing, spare: int
 ) -> None:
     worst = worst_case_up(tariff, usage.prompt, usage.completion + spare, tier, private=private)
-    assert cost_up(tariff, usage, tier, timing, private=private, missed_deadline=late).total <= worst
+    assert cost_up(tariff, usage, tier, timing, private=private).total <= worst
 
 
 # ------------------------------------------------------------------------------------------------------- the promises
@@ -128,6 +129,9 @@ def test_the_worst_case_bounds_every_outcome_of_the_job(
         (Timing(1_000, 2_000, 2_400), 5, False),  # 4 gaps of 100 ms
         (Timing(1_000, 2_000, 2_401), 5, True),
         (Timing(1_000, 2_000, 9_999), 1, False),  # one token has no gap
+        (Timing(1_000, 2_000, 9_000, 6_600), 5, False),  # the client let its vouchers be waited for
+        (Timing(1_000, 2_000, 9_000, 6_599), 5, True),
+        (Timing(1_000, 2_001, 9_000, 9_000), 5, True),  # which excuses no late first token
         (Timing(1_000, 0, 0), 0, False),  # nothing has happened yet
         (Timing(1_000, 0, 2_000), 0, False),  # ended in time, without a token
         (Timing(1_000, 0, 2_001), 0, True),  # the first token never came, and its time had passed
@@ -263,13 +267,13 @@ def test_vectors_start_from_the_sheet_of_these_tests() -> None:
 def test_cost_vectors(case: dict[str, Any]) -> None:
     pre = case["pre"]
     tariff = sheet_of(pre["tariff"])
-    terms: dict[str, Any] = {"private": pre["private"], "missed_deadline": pre["missed_deadline"]}
     arguments = (Usage(**pre["usage"]), Tier[pre["tier"].upper()], Timing(**pre["timing"]))
     if "post" not in case:
         with pytest.raises(FieldOutOfRange):
-            cost_up(tariff, *arguments, **terms)
+            cost_up(tariff, *arguments, private=pre["private"])
         return
-    assert cost_up(tariff, *arguments, **terms) == Cost(**{name: int(value) for name, value in case["post"].items()})
+    expected = Cost(**{name: int(value) for name, value in case["post"].items()})
+    assert cost_up(tariff, *arguments, private=pre["private"]) == expected
 
 
 @pytest.mark.parametrize("case", VECTORS["check"], ids=lambda case: case["name"])

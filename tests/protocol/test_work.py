@@ -17,7 +17,7 @@ from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
 from protocol.packing import pack, unpack
 from protocol.transcript import Leaf, Transcript
 from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Address, FinishReason, JobId, Tier, Wei
-from protocol.work import CLOCK_SLACK_MS, Work, check_receipt
+from protocol.work import CLOCK_SLACK_MS, DURATION_SLACK_MS, Work, check_receipt
 from tests.protocol.documents import values
 from tests.protocol.jobs import DEADLINE, DOMAIN, NO_REFUNDS, REQUEST, START, Job, Row, Stage, jobs, play
 from tests.protocol.sheets import ON_SLOW_CPU, SHEET
@@ -43,6 +43,11 @@ def stages(job: Job) -> list[Stage]:
     return out
 
 
+def shared(work: Work) -> Work:
+    """The account without what only one side's own clock shows."""
+    return replace(work, accepted_seen=0, first_seen=0, waited_ms=0)
+
+
 LONG = Job(
     replace(REQUEST, max_tokens=90),
     SHEET,
@@ -51,6 +56,7 @@ LONG = Job(
     finish=FinishReason.STOP,
     lag_ms=30,
     vouched=Wei(5_000),
+    wait_ms=200,
 )
 """80 of 90 tokens: interim receipts at 32 and 64, a final one over 16 more."""
 
@@ -66,7 +72,7 @@ def test_both_accounts_agree_on_every_receipt(job: Job) -> None:
     for stage in stages(job):
         receipt = stage.receipt
         after, receipt_digest = check_receipt(DOMAIN, stage.client, receipt, stage.now_ms)
-        assert after == stage.provider and receipt_digest == digest(DOMAIN, receipt) == after.previous
+        assert shared(after) == shared(stage.provider) and receipt_digest == digest(DOMAIN, receipt) == after.previous
         assert unpack(WorkReceipt, pack(receipt)) == receipt
         assert (receipt.step, receipt.previous) == (step + 1, previous)
         assert receipt.is_final or receipt.completion_tokens == tokens + LEAF_TOKENS
@@ -101,20 +107,28 @@ def test_a_promise_missed_at_the_end_lowers_the_total() -> None:
 
 
 @pytest.mark.parametrize("finish", [FinishReason.STOP, FinishReason.CANCELLED, FinishReason.DEADLINE])
-@pytest.mark.parametrize("late", [False, True])
-def test_a_deadline_that_passed_is_refunded_whatever_the_job_ended_by(finish: FinishReason, late: bool) -> None:
-    """A provider that goes on past the deadline and then ends for another reason keeps no more than one that stops."""
-    patient = replace(SHEET, standard_ttft_ms=0, standard_tpot_ms=0, standard_refund_bps=10_000, per_request=0)
-    work = replace(LONG, tariff=patient).begin().take((row(1),), START)
-    end = DEADLINE + (1 if late else 0)
-    _, receipt = work.receipt(finish, end, Wei(0))
-    assert (receipt.total == 0) == (late or finish is FinishReason.DEADLINE)
-    check_receipt(DOMAIN, work, receipt, end)
+def test_a_deadline_is_no_promise(finish: FinishReason) -> None:
+    """A client chooses it: one that leaves no room would be a way to be refunded at will."""
+    work = replace(LONG, tariff=replace(SHEET, standard_ttft_ms=0, standard_tpot_ms=0, standard_refund_bps=10_000))
+    account = work.begin().take((row(1),), START)
+    _, receipt = account.receipt(finish, DEADLINE + 1, Wei(0))
+    assert receipt.refund == 0
+    check_receipt(DOMAIN, account, receipt, DEADLINE + 1)
+
+
+@pytest.mark.parametrize("wait_ms", [0, 6_000])
+def test_time_spent_on_vouchers_is_the_clients_own(wait_ms: int) -> None:
+    """79 tokens after the first, at 100 ms each: 7.9 s are promised, and waiting for vouchers does not count."""
+    paced = replace(LONG, frames=tuple((rows, 2_600) for rows, _ in LONG.frames), wait_ms=wait_ms)
+    paced = replace(paced, tariff=replace(SHEET, standard_ttft_ms=0))
+    final = stages(paced)[-1].receipt
+    assert final.waited_ms == 2 * wait_ms and final.finished_at - final.first_token_at == 7_800 + 2 * wait_ms
+    assert final.refund == 0
 
 
 # ------------------------------------------------------------------------------------------------- no field is believed
 
-PEERS_OWN = {"first_token_at", "finished_at", "finish_reason", "vouched"}
+PEERS_OWN = {"first_token_at", "finished_at", "waited_ms", "finish_reason", "vouched"}
 """Fields in which an honest provider may say one of several things; their bounds have tests of their own. `vouched` is
 about the channel, not the job: who holds the channel checks it."""
 
@@ -140,7 +154,7 @@ def test_a_finish_reason_that_the_account_contradicts_is_refused(job: Job, data:
     stage = data.draw(st.sampled_from(stages(job)))
     reasons = set(range(256))
     if stage.receipt.is_final:
-        reasons -= set(FinishReason) - {FinishReason.OPEN}
+        reasons -= set(FinishReason) - {FinishReason.OPEN, FinishReason.ERROR}
         if stage.client.completion_tokens != job.request.max_tokens:
             reasons.add(FinishReason.LENGTH)
         if stage.now_ms + CLOCK_SLACK_MS < DEADLINE:
@@ -155,7 +169,7 @@ def test_the_cached_count_is_said_once() -> None:
     first, second, final = stages(LONG)
     for stage in (second, final):
         for cached in (0, 39, 41, 100):
-            bent = replace(stage.client, cached_tokens=cached)
+            bent = replace(stage.client, cached_tokens=cached, waited_ms=stage.receipt.waited_ms)
             finish = FinishReason(stage.receipt.finish_reason)
             _, receipt = bent.receipt(finish, stage.receipt.finished_at, Wei(stage.receipt.vouched))
             with pytest.raises(ReceiptMismatch) as caught:
@@ -178,12 +192,13 @@ def timed(stage: Stage, **times: int) -> WorkReceipt:
     """The receipt a provider would make had its clock shown these times."""
     bent = replace(stage.client, first_token_at=times.get("first_token_at", stage.receipt.first_token_at))
     bent = replace(bent, cached_tokens=stage.receipt.cached_tokens)
+    bent = replace(bent, waited_ms=times.get("waited_ms", stage.receipt.waited_ms))
     finish = FinishReason(stage.receipt.finish_reason)
     _, receipt = bent.receipt(finish, times.get("finished_at", stage.receipt.finished_at), Wei(stage.receipt.vouched))
     return receipt
 
 
-@pytest.mark.parametrize("ahead", [-CLOCK_SLACK_MS - 1, CLOCK_SLACK_MS + 1, -(10**9), 10**9])
+@pytest.mark.parametrize("ahead", [-DURATION_SLACK_MS - LONG.lag_ms - 1, CLOCK_SLACK_MS + 1, -(10**9), 10**9])
 def test_a_first_token_time_too_far_from_ours_is_refused(ahead: int) -> None:
     """Both ways: an early one hides a late first token, a late one hides slow tokens after it."""
     slow = replace(LONG, frames=tuple((rows, 6_000) for rows, _ in LONG.frames))
@@ -194,7 +209,7 @@ def test_a_first_token_time_too_far_from_ours_is_refused(ahead: int) -> None:
     assert caught.value.field == "first_token_at"
 
 
-@pytest.mark.parametrize("ahead", [-CLOCK_SLACK_MS, CLOCK_SLACK_MS])
+@pytest.mark.parametrize("ahead", [-DURATION_SLACK_MS - LONG.lag_ms, CLOCK_SLACK_MS])
 def test_a_first_token_time_within_the_slack_is_taken(ahead: int) -> None:
     slow = replace(LONG, frames=tuple((rows, 6_000) for rows, _ in LONG.frames))
     stage = stages(slow)[0]
@@ -224,12 +239,33 @@ def test_a_time_for_a_token_that_never_came_is_refused() -> None:
         check_receipt(DOMAIN, stage.client, timed(stage, first_token_at=START + 1), stage.now_ms)
 
 
-@pytest.mark.parametrize("ahead", [-CLOCK_SLACK_MS - 1, CLOCK_SLACK_MS + 1, -(10**9), 10**9])
+@pytest.mark.parametrize("ahead", [-DURATION_SLACK_MS - LONG.lag_ms - 1, CLOCK_SLACK_MS + 1, -(10**9), 10**9])
 def test_an_end_too_far_from_ours_is_refused(ahead: int) -> None:
     stage = stages(LONG)[-1]
     with pytest.raises(ReceiptMismatch) as caught:
         check_receipt(DOMAIN, stage.client, timed(stage, finished_at=stage.now_ms + ahead), stage.now_ms)
     assert caught.value.field == "finished_at"
+
+
+def test_a_wait_that_we_did_not_cause_is_refused() -> None:
+    """A provider that is slow may not call it waiting for us; a second per receipt is the network's."""
+    for stage in stages(LONG):
+        most = stage.client.waited_ms + DURATION_SLACK_MS * stage.receipt.step
+        after, _ = check_receipt(DOMAIN, stage.client, timed(stage, waited_ms=most), stage.now_ms)
+        assert after.waited_ms == stage.client.waited_ms  # our own count stays
+        with pytest.raises(ReceiptMismatch) as caught:
+            check_receipt(DOMAIN, stage.client, timed(stage, waited_ms=most + 1), stage.now_ms)
+        assert caught.value.field == "waited_ms"
+
+
+def test_a_job_that_has_all_its_tokens_ends() -> None:
+    whole = replace(LONG, request=replace(REQUEST, max_tokens=64))
+    *_, before, final = stages(whole)
+    assert (before.receipt.completion_tokens, final.receipt.completion_tokens) == (32, 64)
+    _, open_one = replace(final.client, cached_tokens=40).receipt(FinishReason.OPEN, 0, Wei(0))
+    with pytest.raises(ReceiptMismatch) as caught:
+        check_receipt(DOMAIN, final.client, open_one, final.now_ms)
+    assert caught.value.field == "finish_reason"
 
 
 @pytest.mark.parametrize("at", [0, START - 1, START + 1])
@@ -308,6 +344,7 @@ def account_of(pre: dict[str, Any]) -> Work:
         unpack(Tariff, bytes.fromhex(pre["tariff"])),
         unpack(Profile, bytes.fromhex(pre["profile"])),
         unpack(Accept, bytes.fromhex(pre["accept"])),
+        pre["accepted_seen"],
     )
     work = replace(work, cached_tokens=pre["cached_tokens"])
     for number, increment in enumerate(pre["increments"]):
@@ -315,7 +352,7 @@ def account_of(pre: dict[str, Any]) -> Work:
         work = work.take(tuple(leaf.records()), pre["first_token_at"]) if leaf else work
         if number + 1 < len(pre["increments"]):
             work, receipt = work.receipt(FinishReason.OPEN, 0, Wei(int(pre["vouched"])))
-            work = work.sealed(digest(domain, receipt))
+            work = work.sealed(digest(domain, receipt)).waited(pre["wait_ms"])
     return work
 
 
