@@ -151,9 +151,10 @@ class WorkReceipt:
 
     Counts and money are totals of the job so far, so each receipt recomputes from scratch with one rounding.
     `ste_micro`: standard token equivalents x 1e6. `leaves_root`: hash-chain head over the transcript's leaves.
-    `*_at`: Unix milliseconds (zero where it has not happened). `waited_ms`: time spent waiting for vouchers. `*_line`: wei before multipliers, exact.
-    `multiplier`: product of the four basis-point multipliers, so x1 is 10**16. `total`: wei. `vouched`: highest
-    voucher held for this channel when this was signed. `previous`: digest of this job's previous receipt, or zero.
+    `*_at`: Unix milliseconds (zero where it has not happened). `waited_ms`: time spent waiting for vouchers.
+    `*_line`: wei before multipliers, exact. `multiplier`: product of the four basis-point multipliers, so x1 is
+    10**16. `total`: wei. `vouched`: highest voucher held for this channel when this was signed. `previous`: digest of
+    this job's previous receipt, or zero.
     """
 
     provider: Addr
