@@ -46,6 +46,7 @@ class Books:
         self._signatures: dict[Address, bytes] = {}
         self._locks: dict[Address, asyncio.Lock] = {}
         self._unpaid: dict[Address, Wei] = {}
+        self._blocks: dict[Address, int] = {}  # newest block each slot was seen at
 
     async def load(self) -> None:
         """Rebuild every channel from the journal. Raises: StoreError."""
@@ -81,7 +82,7 @@ class Books:
         except ChainUnavailable:
             log.warning("the chain does not answer; serving %s up to its confirmed escrow", client.hex())
         else:
-            if slot is not None:
+            if slot is not None and slot.block >= self._blocks.get(client, 0):  # else a later look overtook this one
                 await self.see_slot(slot)
 
     async def see_slot(self, slot: SlotSeen) -> None:
@@ -90,6 +91,7 @@ class Books:
             await self._store.write(slot)
             step = apply(self.channel(slot.key.client), ContractReceiveSlot(slot))
             self._channels[slot.key.client] = step.state
+            self._blocks[slot.key.client] = slot.block
         if any(isinstance(effect, SettleNow) for effect in step.effects):
             self._on_exit()
 

@@ -17,7 +17,7 @@ from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
 from node.transport.guards import SafeTasks, map_libp2p_errors
-from node.transport.identity import NotOurKey, address_of_peer
+from protocol.peers import NotOurKey, address_of_peer
 from protocol.units import MAX_FRAME_BYTES
 
 log = logging.getLogger("tally.transport")

@@ -14,11 +14,11 @@ from typing import Final
 
 from node.ports import DialFailed, GossipHandler, PeerAddress, StreamHandler, TransportError
 from node.transport.handlers import HandlerTasks
-from node.transport.identity import address_of_peer, peer_id_of_secret
 from node.transport.network import Network
 from node.transport.streams import Libp2pStream
 from node.transport.subscriptions import Subscriptions
 from node.transport.trio_thread import NetworkDown, TrioThread
+from protocol.peers import address_of_peer, peer_id_of_secret
 from protocol.units import MAX_FRAME_BYTES
 
 log = logging.getLogger("tally.transport")

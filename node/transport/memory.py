@@ -20,11 +20,11 @@ from node.ports import (
     TransportError,
 )
 from node.transport.handlers import HandlerTasks
-from node.transport.identity import address_of_peer, peer_id_of_secret
 from node.transport.inbox import Inbox
 from node.transport.subscriptions import Subscriptions
 from protocol.errors import FrameTooLarge
 from protocol.framing import encode_frame
+from protocol.peers import address_of_peer, peer_id_of_secret
 from protocol.units import MAX_FRAME_BYTES, Address
 
 WINDOW_BYTES: Final = 256 * 1024

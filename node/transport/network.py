@@ -23,9 +23,9 @@ from node.ports import DialFailed, PeerAddress, TransportError
 from node.transport import guards, muxer
 from node.transport.directory import Directory
 from node.transport.gossip import Gossip
-from node.transport.identity import NotOurKey, address_of_peer
 from node.transport.streams import Libp2pStream
 from node.transport.trio_thread import TrioThread
+from protocol.peers import NotOurKey, address_of_peer
 
 log = logging.getLogger("tally.transport")
 

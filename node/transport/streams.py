@@ -18,12 +18,12 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
 from node.ports import StreamEnded
-from node.transport.identity import address_of_peer
 from node.transport.inbox import INBOX_BYTES, ROOM_BYTES, Inbox
 from node.transport.muxer import WRITE_STALL_S
 from node.transport.trio_thread import TrioThread
 from protocol.errors import FrameTooLarge
 from protocol.framing import encode_frame
+from protocol.peers import address_of_peer
 from protocol.units import Address
 
 log = logging.getLogger("tally.transport")

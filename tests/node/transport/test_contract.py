@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from node.ports import DialFailed, PeerAddress, Stream, StreamEnded, TransportError
-from node.transport.identity import peer_id_of_secret
 from protocol.errors import FrameTooLarge, LocalProtocolError
+from protocol.peers import peer_id_of_secret
 from protocol.signing import Signer
 from protocol.units import MAX_FRAME_BYTES
 from tests.node.transport.conftest import DEADLINE_S, Net, eventually, secret_of, where

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from node.ports import DialFailed, Stream, StreamEnded
-from node.transport.identity import NotOurKey, address_of_peer, peer_id_of_secret
 from node.transport.memory import MemoryNetwork, MemoryTransport
+from protocol.peers import NotOurKey, address_of_peer, peer_id_of_secret
 from protocol.signing import Signer
 from tests.node.transport.conftest import DEADLINE_S, eventually, secret_of, where
 
