@@ -42,7 +42,8 @@ async def rogue(market: Market, seller: Seller, buyer: Buyer, job: JobSpec, **ch
     (offer,) = [o for o in buyer.router._directory.offers() if o.offer.provider == seller.wallet.address]
     stream = await buyer.transport.open(seller.peer, JOB_PROTOCOL, 1.0)
     tools = ClientTools(buyer.accounts, buyer.store, market.clock, SystemEntropy(), 5.0)
-    attempt = RogueAttempt(tools, stream, offer, card, job, Wei(WEI_PER_TALLY))
+    deadline = market.clock.now_ms() + int(job.deadline_s * 1000)
+    attempt = RogueAttempt(tools, stream, offer, card, job, Wei(WEI_PER_TALLY), deadline)
     attempt.changes = changes
     await attempt.talk.__aenter__()
     return attempt

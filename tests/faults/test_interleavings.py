@@ -83,7 +83,7 @@ async def test_a_refund_whose_acknowledgement_was_lost_does_not_block_the_channe
 ) -> None:
     """The final receipt is below what was vouched for; whether or not its ack arrives, both sides must go on."""
     async with Market() as market:
-        seller, buyer = await market.seller(standard_refund_bps=BPS // 2), await market.buyer()
+        seller, buyer = await market.seller(standard_tpot_ms=2, standard_refund_bps=BPS // 2), await market.buyer()
         reached = stop_at(seller, 40)
         job = asyncio.create_task(run(buyer, spec(200, deadline_s=0.6)))
         await reached.wait()
@@ -98,7 +98,9 @@ async def test_a_refund_whose_acknowledgement_was_lost_does_not_block_the_channe
             await market.network.kill(seller.transport.peer_id)
             await seller.store.close()
             keys = seller.wallet, seller.node_key
-            seller = await market.seller(store=seller.store, keys=keys, standard_refund_bps=BPS // 2)
+            seller = await market.seller(
+                store=seller.store, keys=keys, standard_tpot_ms=2, standard_refund_bps=BPS // 2
+            )
             await buyer_learns(buyer, seller)
         _, again, _ = await run(buyer, spec(64))
         assert again.completion_tokens == 64

@@ -59,7 +59,7 @@ def options(home: Path, providers: int = 2, **changes: Any) -> ClusterOptions:
         "drain": "2s",
         "priority_factor": "1",
         "priority_ttft_ms": "1",
-        "priority_tpot_ms": "0",
+        "priority_tpot_ms": "20",
         "refund_share": str(v.REFUND_BPS / 10_000),
     }
     values: dict[str, Any] = {

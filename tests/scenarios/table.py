@@ -175,7 +175,7 @@ SCENARIOS = (
         LATE,
         (
             Hold(40),
-            Ask(200, deadline_s=1.5),
+            Ask(200, tier="priority", deadline_s=1.5),
             ExpectError("deadline_exceeded", after=40),
             # More was vouched for than is owed after the refund: the channel holds it to the client's credit.
             MustPay(PROVIDER, (Work(32),)),

@@ -74,6 +74,7 @@ class TwinStage:
             completion_price=factor * v.TOKEN_PRICE,
             reasoning_price=factor * v.TOKEN_PRICE,
             priority_ttft_ms=1,
+            priority_tpot_ms=20,
             standard_refund_bps=v.REFUND_BPS,
             priority_refund_bps=v.REFUND_BPS,
             **old,
