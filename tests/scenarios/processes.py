@@ -58,8 +58,8 @@ def options(home: Path, providers: int = 2, **changes: Any) -> ClusterOptions:
         "settle_dust": "0",
         "drain": "2s",
         "priority_factor": "1",
-        "priority_ttft_ms": "1",
-        "priority_tpot_ms": "20",
+        "priority_ttft_ms": str(v.TTFT_MS),
+        "priority_tpot_ms": str(v.TPOT_MS),
         "refund_share": str(v.REFUND_BPS / 10_000),
     }
     values: dict[str, Any] = {
@@ -288,6 +288,7 @@ class ProcessStage:
             return bool((await self.status(step.who))["jobs_running"])
 
         await self._eventually(f"{step.who} has a job", running)
+        await asyncio.sleep(step.for_s)  # time itself is what the step is about
 
     async def act_expect_vouched(self, step: v.ExpectVouched) -> None:
         wanted = self._vouched_before[step.who] + v.Work(step.tokens).at_least(_factor(step.who))

@@ -9,6 +9,7 @@ from tests.scenarios.vocabulary import (
     PROMPT,
     PROVIDER,
     REFUND_BPS,
+    TTFT_MS,
     Ask,
     Cancel,
     ChainDown,
@@ -164,7 +165,7 @@ SCENARIOS = (
         (
             Hold(0),
             Ask(40, tier="priority"),
-            ExpectRunning(),
+            ExpectRunning(for_s=TTFT_MS / 1000 + 0.1),
             Release(),
             ExpectFinish(40, refunded=True),
             MustPay(PROVIDER, (Work(40, refund_bps=REFUND_BPS),)),

@@ -73,8 +73,8 @@ class TwinStage:
             cached_price=factor * v.PROMPT_PRICE // 10,
             completion_price=factor * v.TOKEN_PRICE,
             reasoning_price=factor * v.TOKEN_PRICE,
-            priority_ttft_ms=1,
-            priority_tpot_ms=20,
+            priority_ttft_ms=v.TTFT_MS,
+            priority_tpot_ms=v.TPOT_MS,
             standard_refund_bps=v.REFUND_BPS,
             priority_refund_bps=v.REFUND_BPS,
             **old,
@@ -231,6 +231,7 @@ class TwinStage:
 
     async def act_expect_running(self, step: v.ExpectRunning) -> None:
         await until(lambda: self.sellers[step.who].provider.server.running > 0)
+        await asyncio.sleep(step.for_s)  # time itself is what the step is about
 
     async def act_expect_vouched(self, step: v.ExpectVouched) -> None:
         factor = v.DEARER if step.who == v.OTHER else 1

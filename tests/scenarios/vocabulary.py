@@ -21,7 +21,10 @@ DEARER = 20
 PROMPT = (5, 6, 7, 8)
 
 REFUND_BPS = 5_000
-"""Share given back when a promise or a deadline is missed, by every provider; only `priority` promises anything."""
+"""Share given back when a promise is missed, by every provider; only the tier `priority` promises anything."""
+
+TTFT_MS, TPOT_MS = 1_000, 20
+"""What `priority` promises: ms to the first token, and ms a token on average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +70,10 @@ class ExpectTokens:
 
 @dataclass(frozen=True, slots=True)
 class ExpectRunning:
-    """`who` has a job under way."""
+    """`who` has a job under way, and has had it for that many seconds."""
 
     who: str = PROVIDER
+    for_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
