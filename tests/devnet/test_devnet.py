@@ -1,0 +1,123 @@
+"""The devnet as a person runs it: the demo's figures, Ctrl-C at any moment, a second devnet, what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from devnet.demo import JOBS
+
+pytestmark = pytest.mark.slow
+
+PROMISED = {
+    "jobs_ok",
+    "jobs_failed",
+    "prompt_tokens",
+    "completion_tokens",
+    "receipts_signed",
+    "receipts_acknowledged",
+    "settled_wei",
+    "paid_wei",
+    "protocol_fee_wei",
+    "gas_per_pair",
+    "conservation_ok",
+    "failover_text_identical",
+    "seconds",
+}
+
+
+def tally(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "node", *arguments]
+
+
+def descendants(home: Path) -> list[psutil.Process]:
+    """Every living process that was started for this home."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(home) in word for word in process.info["cmdline"] or ()) and process.pid != os.getpid():
+            found.append(process)
+    return found
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "market"
+    for process in descendants(tmp_path):
+        process.kill()
+
+
+def test_demo_serves_kills_settles_and_counts(home: Path) -> None:
+    done = subprocess.run(
+        tally("devnet", "demo", "--json", "--home", str(home)), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    result = json.loads(done.stdout)
+    assert result.keys() >= PROMISED
+    assert result["conservation_ok"] and result["failover_text_identical"], result["problems"]
+    assert result["jobs_failed"] == 0 and result["jobs_ok"] + result["jobs_cancelled"] == JOBS
+    assert result["settled_wei"] + result["lost_to_kill_wei"] == result["paid_wei"] > 0
+    fee_up = result["settled_wei"] * 12 // 100
+    assert fee_up - len(result["parties"]) <= result["protocol_fee_wei"] <= fee_up  # rounded down once per batch
+    assert result["receipts_acknowledged"] <= result["receipts_signed"]
+    assert not descendants(home)
+
+
+def test_up_prints_what_is_needed_and_ctrl_c_leaves_no_process(home: Path) -> None:
+    with subprocess.Popen(
+        tally("devnet", "up", "--home", str(home), "--providers", "1", "--port", "0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as up:
+        assert up.stdout is not None
+        shown = [up.stdout.readline() for _ in range(3)]
+        assert [line.split()[0] for line in shown] == ["URL", "KEY", "RPC"]
+        second = subprocess.run(
+            tally("devnet", "up", "--home", str(home)), capture_output=True, text=True, timeout=60, check=False
+        )
+        assert second.returncode == 1 and "already runs" in second.stderr
+        status = subprocess.run(
+            tally("devnet", "status", "--home", str(home), "--json"),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert all(json.loads(status.stdout)["alive"].values())
+        up.send_signal(signal.SIGINT)
+        assert up.wait(90) == 0
+    assert not descendants(home)
+
+
+def test_ctrl_c_while_starting_leaves_no_process(home: Path) -> None:
+    with subprocess.Popen(
+        tally("devnet", "demo", "--home", str(home)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as demo:
+        assert demo.stderr is not None
+        demo.stderr.readline()  # it has begun
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(90) == 130
+    assert not descendants(home)
+
+
+def test_supervisor_that_is_killed_takes_its_nodes_along(home: Path) -> None:
+    with subprocess.Popen(
+        tally("devnet", "up", "--home", str(home), "--providers", "1", "--port", "0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as up:
+        assert up.stdout is not None
+        assert up.stdout.readline().startswith("URL")
+        up.kill()
+        up.wait(30)
+    gone, alive = psutil.wait_procs(descendants(home), timeout=60)
+    assert not alive, gone
