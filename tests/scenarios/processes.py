@@ -252,6 +252,7 @@ class ProcessStage:
             return
 
         async def known() -> bool:
+            assert node.running, f"{who} died again"
             return await self._offered_until(who) > before
 
         await self._eventually(f"the client knows the new offer of {who}", known)
