@@ -46,8 +46,8 @@ def test_table_is_the_only_law(state: State, kind: type, side: Side) -> None:
 class Wire(RuleBasedStateMachine):
     """Two sides over a lossless, delaying wire: lawful senders never make the other side refuse a frame.
 
-    A provider accepts only once it has read the whole prompt, so ACCEPTED never crosses a prompt chunk. What reaches
-    a side that is through is not read any more.
+    A provider accepts only once it has read the whole prompt, so ACCEPTED never crosses a prompt chunk, and refusing
+    ends the reading too. What reaches a side that is through is not read any more.
     """
 
     def __init__(self) -> None:
