@@ -1,5 +1,7 @@
 """The ports: what each folder of node/ offers the others, and nothing else of it is known outside.
 
+Longer than other files on purpose: signatures and their contracts only, on the one page everybody reads first.
+
 Time and entropy are inputs (`Clock`, `Entropy`), so that whatever is wired together can be run again from a seed.
 Every coroutine here may be cancelled; each states what it raises.
 """
