@@ -7,9 +7,10 @@ recompute is kept as evidence, and nothing beyond the last good increment is pai
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from incentives.ledger import AckSigned, JobClosed, JobOpened, Role
@@ -30,6 +31,7 @@ from node.ports import (
     TransportError,
 )
 from node.whole import whole
+from protocol.eip712 import digest
 from protocol.errors import ReceiptMismatch, Refused, RemoteProtocolError, UnexpectedFrame
 from protocol.frames import (
     Abort,
@@ -86,13 +88,17 @@ class Parent:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What every attempt needs; the same for all jobs of a client. `stall_s`: silence taken for a stall."""
+    """What every attempt needs; the same for all jobs of a client. `stall_s`: silence taken for a stall.
+
+    `kept`: hashes of the tariffs known to be in the journal.
+    """
 
     accounts: Accounts
     store: Store
     clock: Clock
     entropy: Entropy
     stall_s: float
+    kept: set[Digest] = field(default_factory=set)
 
 
 class Attempt:
@@ -130,6 +136,7 @@ class Attempt:
         self._accepted_seen = 0
         self._cancel_sent = False
         self._promised = Wei(0)  # the last voucher of this attempt, cumulative
+        self._opening: asyncio.Task[None] | None = None  # the job on its way into the journal
         self._closed = False
 
     # ------------------------------------------------------------------------------------------------------ agreement
@@ -163,8 +170,8 @@ class Attempt:
         box = BoxKey.from_secret(tools.entropy.token(32))
         salt = tools.entropy.token(32)
         request = self._make_request(prompt, max_tokens, parent, box, salt)
-        signature = accounts.session.sign(accounts.domain, request)
-        job_id = JobId(verify(accounts.domain, request, signature, accounts.session.address))
+        job_id = JobId(digest(accounts.domain, request))
+        signature = accounts.session.sign_digest(Digest(job_id))
         self._request = request
         await self._reserve(job_id, request)
         try:
@@ -174,35 +181,38 @@ class Attempt:
             head = Request(pack(request), signature, self.offer.offer.box_key, salt, self._spec.stop_ids, len(chunks))
             await self.talk.send(head, *chunks)
             accept, accept_signature = await self._accepted(job_id, request, parent)
-            opened = JobOpened(Role.CLIENT, job_id, request, signature, accept, accept_signature, self._spec.model)
-            await whole(self._open(opened, sealed))
         except BaseException:
             accounts.release(self.provider, job_id)
-            await self.close(FinishReason.CANCELLED, "the caller left before the first token")
             raise
-        return job_id
-
-    async def _open(self, opened: JobOpened, sealed: Sealed) -> None:
-        """Journal the agreed job and start its account. Raises: StoreError."""
-        await self._keep_tariff()
-        await self._tools.store.write(opened)
-        self.seed = opened.accept.seed
+        self.seed = accept.seed
         self._sealed = sealed
         self._work = Work.start(
-            opened.job_id,
-            opened.request,
-            self.offer.tariff,
-            self._card.profile,
-            opened.accept,
-            seen_at=self._accepted_seen,
+            job_id, request, self.offer.tariff, self._card.profile, accept, seen_at=self._accepted_seen
         )
+        opened = JobOpened(Role.CLIENT, job_id, request, signature, accept, accept_signature, self._spec.model)
+        self._opening = asyncio.create_task(self._open(opened))
+        return job_id
+
+    async def _open(self, opened: JobOpened) -> None:
+        """Journal the agreed job, while the provider reads the prompt. Raises: StoreError."""
+        await self._keep_tariff()
+        await self._tools.store.write(opened)
+
+    async def _opened(self) -> None:
+        """Until the job is on disk, as it is before anything is signed for it. Raises: StoreError."""
+        if self._opening is not None:
+            await asyncio.shield(self._opening)
 
     async def _keep_tariff(self) -> None:
         """The signed price sheet beside the receipts that name it, so that they verify without anybody's help."""
+        kept = self._tools.kept
+        if self.offer.tariff_hash in kept:
+            return
         key = f"tariff/{self.offer.tariff_hash.hex()}"
         if await self._tools.store.get_value(key) is None:
             envelope = self.offer.envelope
             await self._tools.store.put_value(key, envelope.tariff + envelope.tariff_signature)
+        kept.add(self.offer.tariff_hash)
 
     def _make_request(
         self, prompt: tuple[int, ...], max_tokens: int, parent: Parent | None, box: BoxKey, salt: bytes
@@ -279,6 +289,8 @@ class Attempt:
         """
         frame = await self.talk.receive(self._tools.stall_s)
         if isinstance(frame, Tokens):  # taken in without waiting for anything, so it cannot stop halfway
+            if self._opening is not None and self._opening.done():
+                self._opening.result()  # a journal that could not be written ends the job
             return [self._on_tokens(frame.sealed)]
         return await whole(self._handle(frame))
 
@@ -368,6 +380,7 @@ class Attempt:
         return channel.free + channel.reserved.get(self.job_id, 0) >= max(0, worst - self._paid)
 
     async def _vouch(self, receipt: WorkReceipt, signature: bytes, *, final: bool) -> tuple[VoucherFrame, Digest]:
+        await self._opened()
         before = self.total
         receipt_digest = await self._check(receipt, signature, final=final)
         fresh = tuple(self.tokens[self.acked :])
@@ -425,4 +438,5 @@ class Attempt:
             return
         self._closed = True
         self._tools.accounts.release(self.provider, self.job_id)
+        await self._opened()
         await self._tools.store.write(JobClosed(Role.CLIENT, self.job_id, finish, self.total, detail))
