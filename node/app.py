@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ CONTROL_SOCKET = "control.sock"
 
 CHAIN_RETRY_S = 2.0
 """Pause between attempts to reach an RPC that did not answer at the start. Unit: s."""
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread of a provider may keep the interpreter while another waits. Unit: s. The engine's thread and the
+event loop share it; at Python's 5 ms a small torch call may wait that long behind the loop."""
 
 log = logging.getLogger("tally.app")
 
@@ -242,6 +247,7 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
     wanted = config.provider
     if wanted.model_dir is None:
         raise TallyError("no model to serve: name a Hugging Face model directory with --model DIR")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     clock, entropy = SystemClock(), SystemEntropy()
     wallet, node_key = await _key(config, "wallet"), await _key(config, "node")
     async with AsyncExitStack() as stack:
