@@ -102,12 +102,15 @@ def _progress() -> Iterator[Callable[[str], None]]:
     help=f"A model directory, or {' or '.join(SHAPES)} for random weights of that size.",
 )
 @click.option("--repeats", type=click.IntRange(1), help="Samples of each side for each number of streams.")
-def main(quick: bool, path: Path | None, only: tuple[str, ...], model: str, repeats: int | None) -> None:
+@click.option("--rounds", type=click.IntRange(1), help="Requests per stream in a sample; fewer for large models.")
+def main(
+    quick: bool, path: Path | None, only: tuple[str, ...], model: str, repeats: int | None, rounds: int | None
+) -> None:
     """Measure tokens/s and time to the first token against the bare engine, signatures, and settlement gas."""
     folder = Path(model)
     work = Workload(MODEL_DIR if model in (MODEL_NAME, *SHAPES) else folder.absolute(), folder.name)
     work = replace(work, **QUICK) if quick else work
-    work = replace(work, repeats=repeats) if repeats else work
+    work = replace(work, repeats=repeats or work.repeats, rounds=rounds or work.rounds)
     try:
         with _progress() as say:
             result = measure(work, only or PARTS, say)
