@@ -46,8 +46,8 @@ def test_table_is_the_only_law(state: State, kind: type, side: Side) -> None:
 class Wire(RuleBasedStateMachine):
     """Two sides over a lossless, delaying wire: lawful senders never make the other side refuse a frame.
 
-    A provider accepts only once it has read the whole prompt, so ACCEPTED never crosses a prompt chunk, and refusing
-    ends the reading too. What reaches a side that is through is not read any more.
+    A provider accepts only once it has read the whole prompt, so ACCEPTED never crosses a prompt chunk. What reaches
+    a side that is through is not read any more.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,9 @@ class Wire(RuleBasedStateMachine):
     def send(self, side: Side, data: st.DataObject) -> None:
         conversation = self.sides[side]
         reading = any(type(frame) is PromptChunk for frame in self.under_way[side.other])
-        lawful = [kind for who, kind in TABLE[conversation.state] if who is side and not (kind is Accepted and reading)]
+        accepted = any(type(frame) is Accepted for frame in self.under_way[side.other])
+        never = {Accepted} if reading else {PromptChunk} if accepted else set()
+        lawful = [kind for who, kind in TABLE[conversation.state] if who is side and kind not in never]
         if not lawful:
             return
         frame = blank(data.draw(st.sampled_from(lawful)))
