@@ -6,7 +6,6 @@ Its accounts come from a mnemonic the whole world knows: they are test keys, nev
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import selectors
@@ -15,13 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Final
 
 from contracts import tool
+from devnet.processes import die_with
 from protocol.errors import TallyError
 from protocol.signing import Signer
 
@@ -29,7 +28,6 @@ _START_SECONDS: Final = 20.0
 """Anvil is up in under 0.1 s; the rest is for a machine that is busy with something else."""
 _STOP_SECONDS: Final = 10.0
 """Time to write the state file before it is killed."""
-_PR_SET_PDEATHSIG: Final = 1
 _KEY_LINE: Final = re.compile(r"\(\d+\) 0x([0-9a-f]{64})$")
 _LISTENING: Final = "Listening on "
 
@@ -84,7 +82,7 @@ class Anvil:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,
+            preexec_fn=die_with(os.getpid()) if sys.platform == "linux" else None,
         )
         try:
             self.rpc_url, self.accounts = self._wait_until_listening()
@@ -181,14 +179,3 @@ def _drain(stdout: IO[bytes]) -> None:
     with contextlib.suppress(OSError, ValueError):
         while os.read(stdout.fileno(), 65536):
             pass
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it died between fork and prctl
-            os._exit(1)
-
-    return prepare
