@@ -40,11 +40,10 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One live, verified offer. `stake`: wei. `queue_ms`: the provider's own estimate, None before it was asked."""
+    """One live, verified offer. `queue_ms`: the provider's own estimate, None before it was asked."""
 
     offer: Offer
     tariff: Tariff
-    stake: Wei
     queue_ms: int | None = None
 
 

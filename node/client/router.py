@@ -332,7 +332,7 @@ class Router:
             for checked in await self._offers(spec.model)
             if Address(checked.offer.provider) not in progress.tried
         }
-        candidates = [Candidate(checked.offer, checked.tariff, Wei(0)) for checked in offers.values()]
+        candidates = [Candidate(checked.offer, checked.tariff) for checked in offers.values()]
         salt = self._entropy.token(8)
         fit = rank(candidates, needs, salt, now, self._failures())[:MAX_QUOTES]
         if not fit:
@@ -341,7 +341,7 @@ class Router:
         asked = await self._ask_all([offers[Address(c.offer.provider)] for c in fit], card, progress, ceiling)
         quoted = {attempt.provider: attempt for attempt in asked}
         waits = [
-            Candidate(c.offer, c.tariff, c.stake, quoted[Address(c.offer.provider)].queue_ms)
+            Candidate(c.offer, c.tariff, quoted[Address(c.offer.provider)].queue_ms)
             for c in fit
             if Address(c.offer.provider) in quoted
         ]

@@ -45,9 +45,7 @@ def candidate(
         verifiability=Verifiability.REPLAY,
         expires_at=NOW + 1_800,
     )
-    return Candidate(
-        replace(made, **offer), replace(SHEET, provider=address(provider), **(tariff or {})), Wei(1), queue_ms
-    )
+    return Candidate(replace(made, **offer), replace(SHEET, provider=address(provider), **(tariff or {})), queue_ms)
 
 
 NEEDS: Final = Needs(None, 1_000, 500, Tier.STANDARD, False, Wei(10**24))
