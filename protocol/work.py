@@ -15,7 +15,7 @@ from protocol.eip712 import Domain, digest
 from protocol.errors import ReceiptMismatch, RemoteProtocolError
 from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
 from protocol.metering import Usage, ste_micro
-from protocol.tariff import Cost, Timing, cost_up
+from protocol.tariff import Cost, Timing, cost_up, worst_case_up
 from protocol.transcript import Leaf, Transcript
 from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Digest, FinishReason, JobId, Tier, Wei
 
@@ -245,6 +245,12 @@ def check_receipt(domain: Domain, work: Work, claimed: WorkReceipt, now_ms: int)
             raise ReceiptMismatch(item.name, getattr(claimed, item.name), getattr(expected, item.name))
     receipt_digest = digest(domain, claimed)
     return replace(after, waited_ms=work.waited_ms).sealed(receipt_digest), receipt_digest
+
+
+def most_up(tariff: Tariff, request: JobRequest, tokens: int) -> Wei:
+    """The most that `request` can come to with `tokens` output tokens, or as many as it asks for if that is fewer."""
+    upto = min(tokens, request.max_tokens)
+    return worst_case_up(tariff, request.prompt_tokens, upto, Tier(request.tier), private=request.is_private)
 
 
 def nonce_commitment(provider_nonce: bytes) -> Digest:

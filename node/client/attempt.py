@@ -58,10 +58,9 @@ from protocol.sampling import derive_seed
 from protocol.sealing import BoxKey, Sealed
 from protocol.session import Side, State
 from protocol.signing import verify
-from protocol.tariff import worst_case_up
 from protocol.transcript import prompt_hash, stop_hash, unpack_fp16
-from protocol.units import INCREMENT_TOKENS, ZERO_DIGEST, Address, Digest, FinishReason, JobId, Tier, Wei
-from protocol.work import CLOCK_SLACK_MS, Work, check_receipt, nonce_commitment
+from protocol.units import INCREMENT_TOKENS, ZERO_DIGEST, Address, Digest, FinishReason, JobId, Wei
+from protocol.work import CLOCK_SLACK_MS, Work, check_receipt, most_up, nonce_commitment
 
 log = logging.getLogger("tally.client")
 
@@ -242,13 +241,9 @@ class Attempt:
         )
 
     async def _reserve(self, job_id: JobId, request: JobRequest) -> None:
-        def most(tokens: int) -> Wei:
-            return worst_case_up(
-                self.offer.tariff, request.prompt_tokens, tokens, Tier(request.tier), private=request.is_private
-            )
-
-        first = most(min(INCREMENT_TOKENS, request.max_tokens))
-        await self._tools.accounts.ensure(self.provider, job_id, first, most(request.max_tokens))
+        first = most_up(self.offer.tariff, request, INCREMENT_TOKENS)
+        worst = most_up(self.offer.tariff, request, request.max_tokens)
+        await self._tools.accounts.ensure(self.provider, job_id, first, worst)
 
     async def _accepted(self, job_id: JobId, request: JobRequest, parent: Parent | None) -> tuple[Accept, bytes]:
         frame = await self.talk.receive(ACCEPT_TIMEOUT_S)
@@ -371,11 +366,8 @@ class Attempt:
     def _covers_more(self) -> bool:
         """Whether our channel, less what our other jobs reserve, holds the worst case of the next increment."""
         assert self._work is not None
-        request = self._work.request
-        upto = min(request.max_tokens, self._work.completion_tokens + INCREMENT_TOKENS)
-        worst = worst_case_up(
-            self.offer.tariff, request.prompt_tokens, upto, Tier(request.tier), private=request.is_private
-        )
+        upto = self._work.completion_tokens + INCREMENT_TOKENS
+        worst = most_up(self.offer.tariff, self._work.request, upto)
         channel = self._tools.accounts.channel(self.provider)
         return channel.free + channel.reserved.get(self.job_id, 0) >= max(0, worst - self._paid)
 

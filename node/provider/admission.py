@@ -16,10 +16,9 @@ from protocol.messages import JobRequest, Tariff
 from protocol.packing import unpack
 from protocol.sampling import check_sampling, derive_seed
 from protocol.signing import verify
-from protocol.tariff import worst_case_up
 from protocol.transcript import prompt_hash, stop_hash
 from protocol.units import INCREMENT_TOKENS, ZERO_DIGEST, Address, Digest, JobId, Tier, Wei
-from protocol.work import nonce_commitment
+from protocol.work import most_up, nonce_commitment
 
 MAX_DEADLINE_AHEAD_MS = 24 * 3600 * 1000
 """A job may not ask to live longer than a day: its channel reservation and slot would be held as long."""
@@ -65,13 +64,10 @@ def check_request(domain: Domain, terms: Terms, frame: Request, nonce: bytes, no
     _check_sizes(terms, frame, request)
     if not now_ms < request.deadline <= now_ms + MAX_DEADLINE_AHEAD_MS:
         raise Refused(RefusalCode.BAD_REQUEST, f"the deadline must lie within the next day, now is {now_ms}")
-    tier = Tier(request.tier)
-    worst = worst_case_up(tariff, request.prompt_tokens, request.max_tokens, tier, private=request.is_private)
+    worst = most_up(tariff, request, request.max_tokens)
     if worst > request.price_ceiling:
         raise Refused(RefusalCode.CEILING, f"the job may cost {worst} wei, its ceiling is {request.price_ceiling}")
-    first = worst_case_up(
-        tariff, request.prompt_tokens, min(INCREMENT_TOKENS, request.max_tokens), tier, private=request.is_private
-    )
+    first = most_up(tariff, request, INCREMENT_TOKENS)
     return Admitted(job_id, request, tariff, _seed(job_id, request, nonce), first)
 
 

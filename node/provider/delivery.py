@@ -27,9 +27,8 @@ from protocol.messages import ReceiptAck, Voucher, WorkReceipt
 from protocol.packing import pack, unpack
 from protocol.sealing import Sealed
 from protocol.signing import Signer, verify
-from protocol.tariff import worst_case_up
-from protocol.units import INCREMENT_TOKENS, Address, Digest, FinishReason, Tier, Wei
-from protocol.work import Work
+from protocol.units import INCREMENT_TOKENS, Address, Digest, FinishReason, Wei
+from protocol.work import Work, most_up
 
 log = logging.getLogger("tally.provider.delivery")
 
@@ -255,9 +254,8 @@ class Delivery:
 
     async def _reserve_next(self) -> bool:
         """Hold escrow for the next increment before a token of it leaves; False when it does not cover one."""
-        work, request = self._work, self._work.request
-        upto = min(request.max_tokens, work.completion_tokens + INCREMENT_TOKENS)
-        worst = worst_case_up(work.tariff, request.prompt_tokens, upto, Tier(request.tier), private=request.is_private)
+        work = self._work
+        worst = most_up(work.tariff, work.request, work.completion_tokens + INCREMENT_TOKENS)
         needed = Wei(max(0, worst - self._acked))
         self._tools.books.release(self._client, work.job_id)
         await self._tools.books.confirm(self._client, needed)  # a top-up we have not seen yet counts
