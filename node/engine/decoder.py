@@ -1,4 +1,4 @@
-"""The forward pass of one decoder over a packed batch, and the KV slots it reads and writes.
+"""The forward pass of one decoder over a packed batch, reading and writing its KV slots.
 
 A batch packs rows of any streams: first one row for each stream that decodes, then whole segments of prompts being
 prefilled. Every linear map runs once over all rows; only attention knows who is who. A slot holds one stream's keys and
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from node.engine.kv import KvSlots
 from node.engine.spec import ModelSpec, MoeSpec, RopeSpec
 from node.engine.weights import Gated, Layer, Weights
 
@@ -40,9 +41,16 @@ class Batch:
     segments: Sequence[Segment] = ()
 
 
-def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of keys and values of one token in all layers."""
-    return 2 * spec.layers * spec.kv_heads * spec.head_dim * (4 if dtype == "fp32" else 2)
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What one forward gave, a row for each row of the batch.
+
+    `hidden`: [rows, hidden], final-normed, dtype of the model. `routing`: [rows, moe_layers * chosen] int16, the ids
+    of the experts chosen in each MoE layer in ascending order, layer after layer; None in a dense model.
+    """
+
+    hidden: torch.Tensor
+    routing: torch.Tensor | None
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
@@ -63,37 +71,26 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
 
 
 class Decoder:
-    """Weights, KV slots and the forward pass. Used by one thread."""
+    """Weights, KV slots (`kv`) and the forward pass. Used by one thread."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, slots: int, max_context: int) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, slots: int, max_context: int, pool_blocks: int = 0) -> None:
         self.spec, self.slots, self.max_context = spec, slots, max_context
         self._weights = weights
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
+        self.kv = KvSlots(spec, slots, max_context, pool_blocks, self.dtype, self.device)
         angles = torch.outer(torch.arange(max_context).float(), inverse_frequencies(spec.rope, spec.head_dim))
         cos, sin = angles.cos(), angles.sin()
         # [max_context, 1, head_dim]; the sine carries the sign of rotate_half, so that rotating is a roll
         self._cos = torch.cat((cos, cos), -1).unsqueeze(1).to(self.device, self.dtype)
         self._sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(self.device, self.dtype)
         self._columns = torch.arange(max_context, device=self.device)
-        shape = (slots, 2 * spec.kv_heads, max_context, spec.head_dim)
-        # per layer [slots, key heads then value heads, max_context, head_dim], dtype of the model
-        self._kv = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(spec.layers)]
-
-    @property
-    def kv_bytes(self) -> int:
-        return sum(layer.numel() * layer.element_size() for layer in self._kv)
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of a slot's keys and values into another slot."""
-        for kv in self._kv:
-            kv[target, :, :length] = kv[source, :, :length]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, vocab] fp32."""
         return self._weights.head(hidden).float()
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Run the batch, writing its keys and values; the final-normed hidden states of all rows, [rows, hidden]."""
+    def forward(self, batch: Batch) -> Forward:
+        """Run the batch, writing its keys and values."""
         ids = [*batch.ids]
         slots = [*batch.slots]
         positions = [*batch.positions]
@@ -105,10 +102,11 @@ class Decoder:
         attend = _Attention(self, batch, packed[1], packed[2])
         cos, sin = self._cos[packed[2]], self._sin[packed[2]]  # [rows, 1, head_dim]
         x = F.embedding(packed[0], self._weights.embed)
-        for layer, kv in zip(self._weights.layers, self._kv, strict=True):
-            x = x + self._attention(layer, kv, self._norm(x, layer.input_norm), cos, sin, attend)
-            x = x + _mlp(layer, self.spec.moe, self._norm(x, layer.mlp_norm))
-        return self._norm(x, self._weights.norm)
+        routing: list[torch.Tensor] = []
+        for index, layer in enumerate(self._weights.layers):
+            x = x + self._attention(layer, self.kv.layer(index), self._norm(x, layer.input_norm), cos, sin, attend)
+            x = x + _mlp(layer, self.spec.moe, self._norm(x, layer.mlp_norm), routing)
+        return Forward(self._norm(x, self._weights.norm), torch.cat(routing, -1) if routing else None)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, self.spec.eps)
@@ -222,12 +220,16 @@ def _gated(mlp: Gated, x: torch.Tensor) -> torch.Tensor:
     return mlp.down(F.silu(gate) * up)
 
 
-def _mlp(layer: Layer, moe: MoeSpec | None, x: torch.Tensor) -> torch.Tensor:
-    """[rows, hidden] -> [rows, hidden]; with a router, the weighted sum of each row's chosen experts."""
+def _mlp(layer: Layer, moe: MoeSpec | None, x: torch.Tensor, routing: list[torch.Tensor]) -> torch.Tensor:
+    """[rows, hidden] -> [rows, hidden]; with a router, the weighted sum of each row's chosen experts.
+
+    A router's choice is appended to `routing`, [rows, chosen] int16 in ascending order.
+    """
     if layer.router is None or moe is None:
         return _gated(layer.mlps[0], x)
     scores = F.softmax(layer.router(x).float(), -1)
     weights, chosen = scores.topk(moe.chosen, -1)  # [rows, chosen] each
+    routing.append(chosen.sort(-1).values.to(torch.int16))
     if moe.normalise:
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights.to(x.dtype)

@@ -18,7 +18,8 @@ from typing import Final
 
 import torch
 
-from node.engine.decoder import Decoder, kv_bytes_per_token
+from node.engine.decoder import Decoder
+from node.engine.kv import kv_bytes_per_token
 from node.engine.profile import profile_of, resolve_dtype, stored_parameters
 from node.engine.sampler import Sampler
 from node.engine.scheduler import RESUME_AT, Generation, Scheduler
@@ -222,7 +223,7 @@ class TorchEngine:
             slots=self._slots,
             active=scheduler.active if scheduler else 0,
             queued=sum(stream.waiting for stream in self._streams),
-            kv_bytes=decoder.kv_bytes if decoder else 0,
+            kv_bytes=decoder.kv.bytes if decoder else 0,
             tokens_total=scheduler.tokens_total if scheduler else 0,
         )
 

@@ -70,8 +70,14 @@ class Sampler:
         v.add_(x < 0).add_(2.0**-33).clamp_(max=MAX_UNIFORM)
         return v.neg_().log1p_().neg_().log_().neg_()
 
-    def choose(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-        """[rows, vocab] fp32 -> [rows] int64, as protocol.sampling.choose row by row."""
+    def choose(self, logits: torch.Tensor, draws: Sequence[Draw], bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[rows, vocab] fp32 -> [rows] int64, as protocol.sampling.choose row by row.
+
+        `bias`, [rows, vocab] fp32, is added to the logits before the rule sees them: penalties, and -inf for a token
+        that is forbidden here. At least one token of each row must stay allowed.
+        """
+        if bias is not None:
+            logits = logits + bias
         if not any(draw.temperature_micro for draw in draws):
             return logits.argmax(-1)
         temperature = torch.tensor([[draw.temperature_micro / MICRO] for draw in draws], device=self._device)
@@ -104,6 +110,19 @@ class Sampler:
                 return chosen
             scores = scores.masked_fill(outside[:, None] & ~above, -torch.inf)
             chosen = torch.where(outside, scores.argmax(-1), chosen)
+
+    def alternatives(self, logits: torch.Tensor, count: int) -> list[tuple[tuple[int, bytes], ...]]:
+        """The likeliest tokens of each row, likeliest first and lower ids before equal ones.
+
+        `logits`: [rows, vocab] fp32, unmodified. A pair is a token id and its log-probability, fp16 big-endian.
+        """
+        values, ids = logits.topk(min(count, self._vocab), -1)
+        logprobs = (values - logits.logsumexp(-1, keepdim=True)).clamp_(min=-_FP16_MAX).half().cpu().numpy()
+        rows = []
+        for row, row_ids in zip(logprobs, ids.tolist(), strict=True):
+            ordered = sorted(zip(row.tolist(), row_ids, row.astype(">f2"), strict=True), key=lambda x: (-x[0], x[1]))
+            rows.append(tuple((token_id, raw.tobytes()) for _, token_id, raw in ordered))
+        return rows
 
     def projection(self, seed: bytes) -> torch.Tensor:
         """[8, hidden] fp32: the seed's matrix of signs, over sqrt(hidden)."""

@@ -114,7 +114,7 @@ class Scheduler:
             positions=[s.fed for s in decoding],
             segments=segments,
         )
-        hidden = self._decoder.forward(batch)
+        hidden = self._decoder.forward(batch).hidden
         rows, sampled = list(range(len(decoding))), decoding
         row = len(decoding)
         for stream, part in zip(reading, segments, strict=True):
@@ -174,7 +174,7 @@ class Scheduler:
         """Let go of a slot; the stream in the last occupied slot moves into it."""
         last = self._running.pop()
         if last is not stream:
-            self._decoder.move(last.slot, stream.slot, last.fed)
+            self._decoder.kv.move(last.slot, stream.slot, last.fed)
             last.slot = stream.slot
             self._running[last.slot] = last
         stream.slot = -1

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from node.engine.card import load_card
-from node.engine.decoder import kv_bytes_per_token
 from node.engine.engine import TorchEngine, context_that_fits
+from node.engine.kv import kv_bytes_per_token
 from node.engine.profile import profile_of, resolve_dtype
 from node.engine.spec import ModelError, load_spec
 from node.engine.weights import load_weights
