@@ -18,16 +18,18 @@ from protocol.units import Address
 
 WEI = 10**18
 EXIT_DELAY = 3600
+PERIOD = 3600
 SUPPLY = 1_000_000 * WEI
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Token and Escrow on a running Anvil; account 0 deployed them and holds the supply."""
+    """Token, Escrow and Reservations on a running Anvil; account 0 deployed them and holds the supply."""
 
     web3: Web3
     token: Contract
     escrow: Contract
+    reservations: Contract
 
     @property
     def domain(self) -> Domain:
@@ -55,11 +57,15 @@ def deploy(web3: Web3, name: str, *arguments: Any) -> Contract:
     return factory(address=receipt["contractAddress"])
 
 
+def deploy_all(web3: Web3) -> Chain:
+    """The contracts that hold clients' money."""
+    owner = web3.eth.accounts[0]
+    token = deploy(web3, "TallyToken", owner, owner, SUPPLY)
+    escrow = deploy(web3, "Escrow", token.address, EXIT_DELAY)
+    return Chain(web3, token, escrow, deploy(web3, "Reservations", token.address, PERIOD))
+
+
 @pytest.fixture(scope="module")
 def chain() -> Iterator[Chain]:
     with Anvil() as anvil:
-        web3 = Web3(HTTPProvider(anvil.rpc_url))
-        owner = web3.eth.accounts[0]
-        token = deploy(web3, "TallyToken", owner, owner, SUPPLY)
-        escrow = deploy(web3, "Escrow", token.address, EXIT_DELAY)
-        yield Chain(web3, token, escrow)
+        yield deploy_all(Web3(HTTPProvider(anvil.rpc_url)))

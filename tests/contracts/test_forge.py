@@ -9,7 +9,7 @@ import pytest
 
 from contracts import FOLDER, tool
 
-INVARIANTS = {f"I{n}" for n in range(1, 7)}
+INVARIANTS = {f"I{n}" for n in range(1, 7)} | {f"R{n}" for n in range(1, 5)}
 
 
 def forge(*arguments: str) -> subprocess.CompletedProcess[str]:

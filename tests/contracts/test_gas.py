@@ -1,4 +1,4 @@
-"""What a settlement really costs: whole transactions on a local chain, base fee of 21,000 and calldata included.
+"""What settlements and reservations really cost: whole transactions on a local chain, base fee and calldata included.
 
 `python -m tests.contracts.test_gas` rewrites contracts/gas-snapshot.json after a deliberate change.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from web3.logs import DISCARD
+from web3.types import RPCEndpoint
 
 from contracts import FOLDER
 from contracts.codec import decode_claims, encode_vouchers
@@ -15,7 +17,7 @@ from devnet.anvil import Anvil
 from protocol.messages import SessionConsent, Voucher
 from protocol.signing import Signer
 from protocol.units import Address
-from tests.contracts.conftest import EXIT_DELAY, SUPPLY, WEI, Chain, deploy
+from tests.contracts.conftest import PERIOD, WEI, Chain, deploy_all
 
 SNAPSHOT = FOLDER / "gas-snapshot.json"
 
@@ -27,6 +29,9 @@ COUNTS = (1, 10, 100)
 DEPOSIT = 1_000 * WEI
 FIRST, SECOND = 3_141_592_653_589_793_238, 27_182_818_284_590_452_353
 """Cumulative amounts in wei without zero bytes to spare, so that calldata is not flattered."""
+
+FIXED_PERIOD = 600_000
+"""Reservations are measured at a fixed time (in 2038): times and ids are calldata, whose zero bytes are cheaper."""
 
 SIGNERS = [Signer.from_secret(i.to_bytes(32, "big")) for i in range(1, max(COUNTS) + 1)]
 
@@ -53,6 +58,36 @@ def packed(chain: Chain, provider: str, count: int, cumulative: int) -> bytes:
     )
 
 
+def set_time(chain: Chain, timestamp: int) -> None:
+    """Mine a block of that Unix second."""
+    chain.web3.provider.make_request(RPCEndpoint("evm_setNextBlockTimestamp"), [timestamp])
+    chain.web3.provider.make_request(RPCEndpoint("evm_mine"), [])
+
+
+def measure_reservations(chain: Chain) -> dict[str, int]:
+    """Gas of buying a day of hours and twenty days of them, of claiming, and of what ends a right early.
+
+    All in books that were never written before, so each four hours pay for a new slot.
+    """
+    functions, provider, profile = chain.reservations.functions, chain.account(1), b"\x07" * 32
+    maximum = 2**96 - 1
+    out = {"offer": chain.send(functions.offer(profile, 10**9, 1_000, 1, 512), sender=1)["gasUsed"]}
+    chain.send(chain.token.functions.approve(chain.reservations.address, 2**256 - 1))
+    ids = []
+    set_time(chain, FIXED_PERIOD * PERIOD)
+    for periods in (24, 480):
+        call = functions.buy(provider, profile, 2_000_000, FIXED_PERIOD + 1, periods, chain.account(2), maximum)
+        receipt = chain.send(call)
+        (event,) = chain.reservations.events.Bought().process_receipt(receipt, errors=DISCARD)
+        ids.append(event["args"]["id"])
+        out[f"buy_{periods}"] = receipt["gasUsed"]
+    out["transfer"] = chain.send(functions.transfer(ids[0], chain.account(3)))["gasUsed"]
+    set_time(chain, (FIXED_PERIOD + 4) * PERIOD)
+    out["claim_2"] = chain.send(functions.claim(provider, ids))["gasUsed"]
+    out["release_480"] = chain.send(functions.release(ids[1]), sender=1)["gasUsed"]
+    return out
+
+
 def measure(chain: Chain) -> dict[str, int]:
     """Gas of whole transactions. `first`: the provider never earned before, which costs its first batch 17,100 once;
     `steady`: any other batch. Whether a channel was claimed from before makes no difference: its slot holds the
@@ -71,7 +106,7 @@ def measure(chain: Chain) -> dict[str, int]:
             out[f"settle_{count}_{label}_per_pair"] = -(-receipt["gasUsed"] // count)
     out["collect"] = chain.send(chain.escrow.functions.collect(chain.account(1)))["gasUsed"]
     out["burnFees"] = chain.send(chain.escrow.functions.burnFees())["gasUsed"]
-    return out
+    return out | measure_reservations(chain)
 
 
 @pytest.mark.slow
@@ -85,8 +120,5 @@ if __name__ == "__main__":
     from web3 import HTTPProvider, Web3
 
     with Anvil() as anvil:
-        client = Web3(HTTPProvider(anvil.rpc_url))
-        holder = client.eth.accounts[0]
-        tally = deploy(client, "TallyToken", holder, holder, SUPPLY)
-        fresh = Chain(client, tally, deploy(client, "Escrow", tally.address, EXIT_DELAY))
+        fresh = deploy_all(Web3(HTTPProvider(anvil.rpc_url)))
         SNAPSHOT.write_text(json.dumps(measure(fresh), indent=1) + "\n")
