@@ -30,7 +30,10 @@ class ChannelKey:
 
 @dataclass(frozen=True, slots=True)
 class JobOpened:
-    """A job was agreed: the request, the acceptance, and both signatures. Written before the first token."""
+    """A job was agreed: the request, the acceptance, and both signatures. Written before the first token.
+
+    `options`: the bytes that the request's options hash is over; whoever replays the job needs them.
+    """
 
     role: Role
     job_id: JobId
@@ -39,6 +42,7 @@ class JobOpened:
     accept: Accept
     accept_signature: bytes
     model: str
+    options: bytes
 
 
 @dataclass(frozen=True, slots=True)

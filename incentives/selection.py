@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from protocol.errors import TierNotOffered
 from protocol.messages import Offer, Tariff
 from protocol.metering import Usage
 from protocol.packing import pack
-from protocol.tariff import Timing, cost_up, worst_case_up
-from protocol.units import BPS, Address, Digest, Tier, Wei
+from protocol.tariff import Basis, Timing, cost_up, worst_case_up
+from protocol.units import BPS, ZERO_DIGEST, Address, Digest, JobKind, Tier, Wei
 
 MAX_QUOTES: Final = 8
 """Providers asked for a quote per job. Unit: peers. Beyond that the best of n hardly improves and each ask costs a
@@ -28,7 +29,10 @@ sooner and pay more."""
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Hard limits of one job. `ceiling`: most wei it may cost."""
+    """Hard limits of one job. `ceiling`: most wei it may cost. `only`: who may take it, anybody when empty.
+
+    `longest`: tokens of the longest text of an embedding job, of which each has the context to itself.
+    """
 
     profile_id: Digest | None
     prompt_tokens: int
@@ -36,6 +40,10 @@ class Needs:
     tier: Tier
     private: bool
     ceiling: Wei
+    kind: JobKind = JobKind.GENERATE
+    reservation: Digest = ZERO_DIGEST
+    only: frozenset[Address] = frozenset()
+    longest: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,13 @@ class Candidate:
     queue_ms: int | None = None
 
 
+def basis_for(offer: Offer, tariff: Tariff, needs: Needs) -> Basis:
+    """What a job is priced by under an offer: its base multiplier, or the reserved price that knows no congestion."""
+    reserved = needs.reservation != ZERO_DIGEST
+    base_bps = BPS - tariff.reserved_discount_bps if reserved else offer.base_bps
+    return Basis(needs.kind, needs.tier, needs.private, base_bps, needs.reservation)
+
+
 def rule_out(candidate: Candidate, needs: Needs, now_s: int) -> str | None:
     """Why the candidate cannot take the job, or None when it can."""
     offer, tariff = candidate.offer, candidate.tariff
@@ -56,11 +71,16 @@ def rule_out(candidate: Candidate, needs: Needs, now_s: int) -> str | None:
         return "its tariff is not in force"
     if needs.profile_id is not None and offer.profile_id != needs.profile_id:
         return "it serves another profile"
-    if needs.prompt_tokens + needs.max_tokens > offer.max_context:
+    if needs.only and offer.provider not in needs.only:
+        return "another provider was asked for"
+    if (needs.longest or needs.prompt_tokens + needs.max_tokens) > offer.max_context:
         return f"its context holds {offer.max_context} tokens"
     if needs.max_tokens > offer.max_output:
         return f"its output is limited to {offer.max_output} tokens"
-    worst = worst_case_up(tariff, needs.prompt_tokens, needs.max_tokens, needs.tier, private=needs.private)
+    try:
+        worst = worst_case_up(tariff, needs.prompt_tokens, needs.max_tokens, basis_for(offer, tariff, needs))
+    except TierNotOffered as exc:
+        return str(exc)
     if worst > needs.ceiling:
         return f"it could cost {worst} wei, above the ceiling of {needs.ceiling}"
     return None
@@ -69,7 +89,8 @@ def rule_out(candidate: Candidate, needs: Needs, now_s: int) -> str | None:
 def expected_cost(candidate: Candidate, needs: Needs) -> Wei:
     """Cost if the whole allowance is used: what offers are compared by. Wei."""
     usage = Usage(needs.prompt_tokens, 0, needs.max_tokens, 0)
-    return cost_up(candidate.tariff, usage, needs.tier, Timing(0, 0, 0), private=needs.private).total
+    basis = basis_for(candidate.offer, candidate.tariff, needs)
+    return cost_up(candidate.tariff, usage, basis, Timing(0, 0, 0)).total
 
 
 def _score(candidate: Candidate, needs: Needs, penalties: Mapping[Address, int]) -> int:

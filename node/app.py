@@ -21,7 +21,7 @@ from node.keys import load_or_create, read_password
 from node.ports import Chain, ChainError, ChainUnavailable, PeerAddress, Store, Transport
 from node.system import SystemClock, SystemEntropy
 from protocol.errors import TallyError
-from protocol.units import Address, Digest, Wei
+from protocol.units import BPS, Address, Digest, Wei
 
 if TYPE_CHECKING:
     from node.chain.chain import Web3Chain
@@ -228,6 +228,10 @@ def wanted_tariff(config: NodeConfig, wallet: Address, profile_id: Digest) -> Ta
         long_context_bps=prices.long_context_factor,
         privacy_bps=prices.privacy_factor,
         reserved_discount_bps=0,
+        embedding_price=prices.prompt_price,
+        cache_ttl_s=0,
+        base_min_bps=BPS,
+        base_max_bps=BPS,
         valid_from=0,
         valid_until=0,
     )

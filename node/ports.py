@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol
 
 from incentives.ledger import ChannelKey, Record, Role, SlotSeen
@@ -18,7 +19,8 @@ from protocol.errors import TallyError
 from protocol.frames import OfferEnvelope
 from protocol.messages import Accept, JobRequest, Profile, Tariff, Voucher, WorkReceipt
 from protocol.offers import CheckedOffer
-from protocol.units import Address, Digest, FinishReason, JobId, Wei
+from protocol.options import NO_OPTIONS, JobOptions
+from protocol.units import ZERO_DIGEST, Address, Digest, FinishReason, JobId, JobKind, Verifiability, Wei
 
 # --------------------------------------------------------------------------------------------------- time, entropy
 
@@ -156,19 +158,29 @@ class Sampling:
     top_k: int = 0
 
 
+class Urgency(IntEnum):
+    """Who goes first in the engine. Batch work runs where nothing else wants to; priority may displace the rest."""
+
+    BATCH = 0
+    FLEX = 1
+    STANDARD = 2
+    PRIORITY = 3
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One generation. `seed`: 32 bytes. `stop_ids` end the stream after being emitted (EOS is added by the engine).
+    """One generation. `seed`: 32 bytes. `options`: as signed (EOS is added to its stop ids by the engine).
 
-    `salt`: 32 bytes naming whose prefix cache may be hit (per payer).
+    `salt`: 32 bytes naming whose prefix cache may be hit (per payer), b"" for neither reading nor filling it.
     """
 
     prompt: tuple[int, ...]
     seed: bytes
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
-    stop_ids: tuple[int, ...] = ()
-    salt: bytes = b"\0" * 32
+    options: JobOptions = NO_OPTIONS
+    urgency: Urgency = Urgency.STANDARD
+    salt: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +189,10 @@ class EngineToken:
 
     `logprob`: IEEE fp16 bits (2 bytes, big-endian) of the token's log-probability under the unmodified softmax.
     `projection`: 16 bytes, 8 fp16 values (big-endian): the last hidden state projected by the seed's matrix.
-    `finish`: OPEN, or STOP / LENGTH on the last token.
+    `finish`: OPEN, or STOP / LENGTH on the last token. `cached_tokens`: how much of the prompt was a prefix-cache hit;
+    `kept`: whether all its whole blocks are in the cache now. Both are the same on every token of a stream.
+    `routing`: 8 bytes that fingerprint the experts chosen for it, b"" in a dense model. `alternatives`: the likeliest
+    tokens with their log-probabilities (2 bytes each), likeliest first, as many as the options asked for.
     """
 
     token_id: int
@@ -185,6 +200,9 @@ class EngineToken:
     projection: bytes
     finish: FinishReason
     cached_tokens: int = 0
+    kept: bool = False
+    routing: bytes = b""
+    alternatives: tuple[tuple[int, bytes], ...] = ()
 
 
 class EngineFull(TallyError):
@@ -193,13 +211,21 @@ class EngineFull(TallyError):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment's load. `kv_bytes`: memory the KV slots take. `tokens_total`: generated since start."""
+    """A moment's load. `kv_bytes`: memory that KV slots and prefix cache take. `*_total`: since start.
+
+    `busy_s`: seconds in which the engine computed. `prompt_total`, `cached_total`: prompt tokens read, and those of
+    them that the prefix cache held. `preempted_total`: streams that made room for a more urgent one and went on later.
+    """
 
     slots: int
     active: int
     queued: int
     kv_bytes: int
     tokens_total: int
+    prompt_total: int = 0
+    cached_total: int = 0
+    preempted_total: int = 0
+    busy_s: float = 0.0
 
 
 class TokenStream(Protocol):
@@ -228,15 +254,37 @@ class Engine(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of an embedding; 0 when this engine has none to give."""
+        ...
+
+    @property
+    def verifiability(self) -> Verifiability:
+        """What its output can be checked by, stated in the offer."""
+        ...
+
     async def start(self) -> None: ...
 
     async def stop(self) -> None: ...
 
-    def submit(self, request: EngineRequest) -> TokenStream:
-        """Queue a generation and stream it.
+    async def submit(self, request: EngineRequest) -> TokenStream:
+        """Queue a generation and stream it. A grammar is compiled first, off the event loop.
 
-        Raises: EngineFull at once; ValueError for token ids or parameters out of range.
+        Raises: EngineFull at once; ValueError for token ids, parameters or a grammar that cannot be served.
         """
+        ...
+
+    async def embed(self, inputs: Sequence[tuple[int, ...]], dimensions: int, urgency: Urgency) -> tuple[bytes, ...]:
+        """One unit vector per input: the mean of the final-normed hidden states of its tokens, cut to `dimensions`
+        (0: all) and normalised again; fp32 little-endian.
+
+        Raises: EngineFull; ValueError for token ids, lengths or dimensions out of range.
+        """
+        ...
+
+    def wait_ms(self, urgency: Urgency, prompt_tokens: int) -> int:
+        """Estimated milliseconds to the first token of such a request if it came now."""
         ...
 
     def stats(self) -> EngineStats: ...
@@ -278,6 +326,7 @@ class JobRow:
     accept: Accept
     accept_signature: bytes
     model: str
+    options: bytes
     steps: int
     owed: Wei
     closed: FinishReason | None
@@ -567,21 +616,34 @@ class MarketEntry:
     max_output: int
     region: str
     expires_at: int
+    profile: Digest
+    verifiability: Verifiability
+    base_bps: int
 
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What a caller wants done. `price_ceiling`: most wei for the whole job, None for the configured default."""
+    """What a caller wants done. `price_ceiling`: most wei for the whole job, None for the configured default.
+
+    `options`: the client role fills in `continued` and `reasoning_open`; the rest is the caller's. An embedding
+    job's prompt is its texts one after the other, with `max_tokens` 0. `cache_salt`: 32 secret bytes to keep this job's
+    prefix cache apart from the caller's others, or none for the client's own. `reservation`: capacity bought before.
+    `only`: providers that may take it, all when empty.
+    """
 
     model: str
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
-    stop_ids: tuple[int, ...] = ()
+    options: JobOptions = NO_OPTIONS
+    kind: JobKind = JobKind.GENERATE
     tier: int = 1
     private: bool = False
     price_ceiling: Wei | None = None
     deadline_s: float = 600.0
+    reservation: Digest = ZERO_DIGEST
+    cache_salt: bytes = b""
+    only: frozenset[Address] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -596,10 +658,21 @@ class JobStarted:
 
 @dataclass(frozen=True, slots=True)
 class JobTokens:
-    """Tokens in order, each once, across failovers. `logprobs`: natural log, one per token."""
+    """Tokens in order, each once, across failovers. `logprobs`: natural log, one per token.
+
+    `alternatives`: per token the likeliest tokens with their logprobs; () when none were asked for.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    alternatives: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JobVectors:
+    """Vectors of an embedding job in order of its texts, fp32 little-endian, unit length."""
+
+    vectors: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -628,7 +701,7 @@ class JobDone:
     receipts: tuple[Digest, ...]
 
 
-JobEvent = JobStarted | JobTokens | JobPaid | JobDone
+JobEvent = JobStarted | JobTokens | JobVectors | JobPaid | JobDone
 
 
 class Marketplace(Protocol):

@@ -16,7 +16,7 @@ from protocol.bundle import Bundle, Notch
 from protocol.bundle_json import decode, encode
 from protocol.eip712 import Domain, digest
 from protocol.errors import TallyError
-from protocol.messages import Tariff
+from protocol.messages import Profile, Tariff
 from protocol.packing import packed_size, unpack
 from protocol.signing import recover_digest
 from protocol.units import ZERO_ADDRESS, Address, FinishReason, JobId
@@ -117,6 +117,8 @@ async def assemble(store: Store, domain: Domain, job: JobRow, role: Role) -> Bun
         request_signature=job.request_signature,
         accept=job.accept,
         accept_signature=job.accept_signature,
+        options=job.options,
+        profile=await _profile(store, job.request.profile_id),
         tariff=tariff,
         tariff_signature=tariff_signature,
         notches=notches,
@@ -129,6 +131,11 @@ async def _tariff(store: Store, tariff_hash: bytes) -> tuple[Tariff | None, byte
     if kept is None or len(kept) != size + 65:
         return None, b""
     return unpack(Tariff, kept[:size]), kept[size:]
+
+
+async def _profile(store: Store, profile_id: bytes) -> Profile | None:
+    kept = await store.get_value(f"profile/{profile_id.hex()}")
+    return None if kept is None or len(kept) != packed_size(Profile) else unpack(Profile, kept)
 
 
 def bundle_of(answer: dict[str, Any]) -> Bundle:

@@ -12,17 +12,18 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-from protocol.eip712 import Domain, digest
+from protocol.eip712 import Domain, digest, hash_struct
 from protocol.errors import TallyError
-from protocol.messages import Accept, JobRequest, ReceiptAck, Tariff, Voucher, WorkReceipt
-from protocol.metering import Usage
+from protocol.messages import Accept, JobRequest, Profile, ReceiptAck, Tariff, Voucher, WorkReceipt
+from protocol.metering import Reasoning, Usage, embedding_flops, flops, ste_micro_up
+from protocol.options import decode_options, options_hash
 from protocol.sampling import derive_seed
 from protocol.signing import verify as verify_signature
-from protocol.tariff import Cost, Timing, check_in_force, check_tariff, cost_up
+from protocol.tariff import Cost, Timing, basis_of, check_in_force, check_tariff, cost_up
 from protocol.transcript import Transcript
-from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Address, Digest, FinishReason, JobId, Tier
+from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Address, Digest, FinishReason, JobId, JobKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,10 @@ class Notch:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """One job. `node_key`: address whose signatures count as the provider's. `tariff` None: not kept."""
+    """One job. `node_key`: address whose signatures count as the provider's. `tariff`, `profile` None: not kept.
+
+    `options`: the bytes behind the request's options hash.
+    """
 
     domain: Domain
     node_key: Address
@@ -51,6 +55,8 @@ class Bundle:
     request_signature: bytes
     accept: Accept
     accept_signature: bytes
+    options: bytes
+    profile: Profile | None
     tariff: Tariff | None
     tariff_signature: bytes
     notches: tuple[Notch, ...]
@@ -93,6 +99,7 @@ def verify(bundle: Bundle) -> list[Check]:
     """Every check of one job, in the order of its life. Never raises for what a bundle holds."""
     rules: tuple[tuple[str, Callable[[Bundle], str]], ...] = (
         ("request", _request),
+        ("options", _options),
         ("acceptance", _acceptance),
         ("tariff", _tariff),
         ("receipt signatures", _receipt_signatures),
@@ -100,6 +107,7 @@ def verify(bundle: Bundle) -> list[Check]:
         ("counts", _counts),
         ("times", _times),
         ("cost", _cost),
+        ("work", _work),
         ("vouchers", _vouchers),
         ("acknowledgement", _acknowledgement),
         ("token ids", _token_ids),
@@ -134,6 +142,16 @@ def _request(bundle: Bundle) -> str:
     request = bundle.request
     job_id = verify_signature(bundle.domain, request, bundle.request_signature, request.client)
     return f"job {_hex(job_id)} was asked for by session key {_hex(request.client)}"
+
+
+def _options(bundle: Bundle) -> str:
+    """Raises: MalformedFrame, which is a TallyError, when the options do not decode."""
+    found = options_hash(bundle.options)
+    signed = bundle.request.options_hash
+    _need(found == signed, f"their hash {_hex(found)} is not the one the request signed, {_hex(signed)}")
+    options = decode_options(bundle.options)
+    said = [f"{len(options.stop_ids)} stop ids", f"syntax {options.syntax.name.lower()}"]
+    return "the request signed them: " + ", ".join(said)
 
 
 def _acceptance(bundle: Bundle) -> str:
@@ -210,7 +228,8 @@ def _counts(bundle: Bundle) -> str:
     for number, notch in enumerate(bundle.notches, start=1):
         receipt = notch.receipt
         Usage(receipt.prompt_tokens, receipt.cached_tokens, receipt.completion_tokens, receipt.reasoning_tokens)
-        _need(receipt.prompt_tokens == request.prompt_tokens, f"receipt {number} counts another prompt")
+        _need(basis_of(receipt) == basis_of(request), f"receipt {number} prices another kind, tier or base")
+        _need(receipt.prompt_tokens == _prompt(bundle, receipt), f"receipt {number} counts another prompt")
         _need(
             receipt.cached_tokens == bundle.notches[0].receipt.cached_tokens, f"receipt {number} changes cached_tokens"
         )
@@ -218,14 +237,25 @@ def _counts(bundle: Bundle) -> str:
         least = 0 if receipt.is_final else LEAF_TOKENS
         _need(least <= fresh <= LEAF_TOKENS, f"receipt {number} covers {fresh} new tokens")
         _need(receipt.completion_tokens <= request.max_tokens, f"receipt {number} counts more than max_tokens")
-        _need(
-            (receipt.leaves_root != head) == (fresh > 0), f"receipt {number}'s leaves root does not fit its new tokens"
-        )
+        produced = fresh > 0 or (_embeds(bundle) and receipt.prompt_tokens > 0)
+        _need((receipt.leaves_root != head) == produced, f"receipt {number}'s leaves root does not fit its new tokens")
         before, head = receipt.completion_tokens, Digest(receipt.leaves_root)
     last = bundle.notches[-1].receipt
     by_length = last.finish_reason == FinishReason.LENGTH
     _need(not by_length or before == request.max_tokens, f"finish reason length after {before} of {request.max_tokens}")
     return f"{request.prompt_tokens} prompt tokens ({last.cached_tokens} cached), {before} completion tokens"
+
+
+def _embeds(bundle: Bundle) -> bool:
+    return bundle.request.kind == JobKind.EMBED
+
+
+def _prompt(bundle: Bundle, receipt: WorkReceipt) -> int:
+    """What may be charged as prompt: all of it, or the embedding texts up to one of their ends."""
+    if not _embeds(bundle):
+        return bundle.request.prompt_tokens
+    ends = [0, *accumulate(decode_options(bundle.options).inputs)]
+    return max(end for end in ends if end <= receipt.prompt_tokens)
 
 
 def _times(bundle: Bundle) -> str:
@@ -236,7 +266,8 @@ def _times(bundle: Bundle) -> str:
         _need(
             receipt.received_at == bundle.accept.accepted_at, f"receipt {number} starts at another time than the Accept"
         )
-        _need(bool(first) == bool(receipt.completion_tokens), f"receipt {number} has tokens or a first token, not both")
+        begun = bool(receipt.completion_tokens or (_embeds(bundle) and receipt.prompt_tokens))
+        _need(bool(first) == begun, f"receipt {number} has tokens or a first token, not both")
         _need(not first or first >= receipt.received_at, f"receipt {number}'s first token came before the job")
         _need(receipt.is_final == bool(receipt.finished_at), f"receipt {number} is final or has an end, not both")
         _need(
@@ -259,15 +290,44 @@ def _cost(bundle: Bundle) -> str:
         expected = cost_up(
             bundle.tariff,
             Usage(receipt.prompt_tokens, receipt.cached_tokens, receipt.completion_tokens, receipt.reasoning_tokens),
-            Tier(request.tier),
+            basis_of(request),
             Timing(receipt.received_at, receipt.first_token_at, receipt.finished_at, receipt.waited_ms),
-            private=request.is_private,
         )
         for item in fields(Cost):
             claimed, found = getattr(receipt, item.name), getattr(expected, item.name)
             _need(claimed == found, f"receipt {receipt.step} claims {item.name} {claimed}, the tariff gives {found}")
         _need(receipt.total <= request.price_ceiling, f"receipt {receipt.step} is above the ceiling the client set")
     return f"{bundle.notches[-1].receipt.total} wei, recomputed line by line from the tariff for every receipt"
+
+
+def _work(bundle: Bundle) -> str:
+    """STE from the profile's shape, and reasoning tokens where the bundle has the ids."""
+    if bundle.profile is None or not bundle.notches:
+        raise _Missing("the bundle holds no profile to recompute the work from" if bundle.notches else "no receipt")
+    profile, found = bundle.profile, hash_struct(bundle.profile)
+    _need(found == bundle.request.profile_id, f"the profile's id {_hex(found)} is not the one the request names")
+    options = decode_options(bundle.options)
+    reasoning = Reasoning(profile.reasoning_start, profile.reasoning_end, options.reasoning_open)
+    known = True
+    for notch in bundle.notches:
+        receipt = notch.receipt
+        known = known and (bool(notch.token_ids) or not receipt.completion_tokens)
+        reasoning = reasoning.take(notch.token_ids)
+        if _embeds(bundle):
+            ends = list(accumulate(options.inputs))
+            operations = embedding_flops(
+                profile, [n for n, end in zip(options.inputs, ends, strict=True) if end <= receipt.prompt_tokens]
+            )
+        else:
+            usage = Usage(
+                receipt.prompt_tokens, receipt.cached_tokens, receipt.completion_tokens, receipt.reasoning_tokens
+            )
+            operations = flops(profile, usage)
+            counted, ours = receipt.reasoning_tokens, reasoning.tokens
+            _need(not known or counted == ours, f"receipt {receipt.step} counts {counted} reasoning tokens, not {ours}")
+        ste = ste_micro_up(operations)
+        _need(receipt.ste_micro == ste, f"receipt {receipt.step} claims {receipt.ste_micro} micro-STE, not {ste}")
+    return f"{bundle.notches[-1].receipt.ste_micro} micro-STE, recomputed from the profile's shape for every receipt"
 
 
 def _vouchers(bundle: Bundle) -> str:

@@ -14,10 +14,11 @@ from typing import Any, Final, TypeVar
 from protocol.bundle import Bundle, Notch
 from protocol.eip712 import Domain, fields_of
 from protocol.errors import RemoteProtocolError
-from protocol.messages import Accept, JobRequest, Tariff, Voucher, WorkReceipt
+from protocol.messages import Accept, JobRequest, Profile, Tariff, Voucher, WorkReceipt
+from protocol.options import MAX_OPTIONS_BYTES
 from protocol.units import Address, Digest
 
-FORMAT: Final = "tallystick-bundle/1"
+FORMAT: Final = "tallystick-bundle/2"
 
 MAX_DEPTH: Final = 8
 """Deepest nesting of the text. A bundle has five levels; the rest is room for mistakes worth a clearer message."""
@@ -47,7 +48,9 @@ def encode(bundle: Bundle) -> str:
         "format": FORMAT,
         "domain": {"chain_id": str(bundle.domain.chain_id), "escrow": _hex(bundle.domain.verifying_contract)},
         "node_key": _hex(bundle.node_key),
+        "profile": None if bundle.profile is None else document_json(bundle.profile),
         "tariff": tariff,
+        "options": _hex(bundle.options),
         "request": _signed(bundle.request, bundle.request_signature),
         "accept": _signed(bundle.accept, bundle.accept_signature),
         "receipts": [_notch(notch) for notch in bundle.notches],
@@ -89,7 +92,8 @@ def decode(text: str) -> Bundle:
     except ValueError as exc:
         raise MalformedBundle("", f"is no JSON ({exc})") from exc
     node = _Node("", tree)
-    top = node.object("format", "domain", "node_key", "tariff", "request", "accept", "receipts")
+    names = ("format", "domain", "node_key", "profile", "tariff", "options", "request", "accept", "receipts")
+    top = node.object(*names)
     if top["format"].value != FORMAT:
         raise MalformedBundle("format", f"is {top['format'].value!r}, expected {FORMAT!r}")
     domain = top["domain"].object("chain_id", "escrow")
@@ -105,6 +109,8 @@ def decode(text: str) -> Bundle:
         request_signature=request_signature,
         accept=accept,
         accept_signature=accept_signature,
+        options=top["options"].some_bytes(MAX_OPTIONS_BYTES),
+        profile=None if top["profile"].value is None else top["profile"].document(Profile),
         tariff=tariff,
         tariff_signature=tariff_signature,
         notches=tuple(item.notch() for item in top["receipts"].items()),
@@ -156,6 +162,13 @@ class _Node:
             if raw is not None and len(raw) in sizes and _hex(raw) == self.value:
                 return raw
         raise self.fail(f"must be 0x and {' or '.join(str(2 * size) for size in sizes)} lower-case hexadecimal digits")
+
+    def some_bytes(self, limit: int) -> bytes:
+        """Up to `limit` bytes, in the same spelling."""
+        size = len(self.value) // 2 - 1 if isinstance(self.value, str) else 0
+        if size > limit:
+            raise self.fail(f"must have at most {limit} bytes")
+        return self.hexadecimal(size)
 
     def decimal(self, bits: int) -> int:
         """An integer below 2**bits as a decimal string without leading zeros."""

@@ -125,6 +125,16 @@ class TariffNotInForce(RemoteProtocolError):
 
 
 @dataclass
+class TierNotOffered(RemoteProtocolError):
+    """The tariff has no price for a latency tier: nothing may be sold under it, at any price."""
+
+    tier: str
+
+    def __str__(self) -> str:
+        return f"the tariff has no price for the {self.tier} tier; choose another tier or provider"
+
+
+@dataclass
 class Refused(TallyError):
     """A lawful refusal, by us or by the peer: `code` is one of protocol.frames.RefusalCode."""
 

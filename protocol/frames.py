@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocol.errors import FrameTooLarge, MalformedFrame
+from protocol.options import MAX_ALTERNATIVES, MAX_OPTIONS_BYTES
 from protocol.units import LEAF_TOKENS, MAX_FRAME_BYTES
 
 JOB_PROTOCOL = "/tally/job/1"
@@ -31,6 +32,9 @@ Reason = Annotated[str, Meta(max_length=1024)]
 Chunk = Annotated[bytes, Meta(max_length=CHUNK_BYTES + 64)]
 Packed = Annotated[bytes, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 32)]
+Alternatives = Annotated[
+    tuple[tuple[Count, Annotated[bytes, Meta(min_length=2, max_length=2)]], ...], Meta(max_length=MAX_ALTERNATIVES)
+]
 Time = Annotated[int, Meta(ge=0, lt=1 << 63)]
 
 
@@ -68,13 +72,17 @@ class Quote(Struct, frozen=True, array_like=True, tag=2, forbid_unknown_fields=T
 
 
 class Request(Struct, frozen=True, array_like=True, tag=3, forbid_unknown_fields=True):
-    """Client: the signed job. `prompt_chunks` PromptChunk frames follow, sealed to `box_key`."""
+    """Client: the signed job. `prompt_chunks` PromptChunk frames follow, sealed to `box_key`.
+
+    `cache_salt`: 32 secret bytes that name the payer's prefix cache, or none for no caching (cache.py).
+    """
 
     request: Packed  # JobRequest
     signature: Signature
     box_key: Hash
     salt: Hash
-    stop_ids: Annotated[tuple[Count, ...], Meta(max_length=64)]
+    cache_salt: Annotated[bytes, Meta(max_length=32)]
+    options: Annotated[bytes, Meta(max_length=MAX_OPTIONS_BYTES)]  # JobOptions, as hashed
     prompt_chunks: Annotated[int, Meta(ge=1, le=128)]
 
 
@@ -158,6 +166,12 @@ class Pong(Struct, frozen=True, array_like=True, tag=15, forbid_unknown_fields=T
     number: Count
 
 
+class Vectors(Struct, frozen=True, array_like=True, tag=16, forbid_unknown_fields=True):
+    """Provider: sealed `VectorBatch`, the answer of an embedding job."""
+
+    sealed: Chunk
+
+
 class OffersAsk(Struct, frozen=True, array_like=True, tag=20, forbid_unknown_fields=True):
     """Anyone: the offers you know, from `after` on (page by provider address)."""
 
@@ -215,6 +229,7 @@ JobFrame = (
     | Accepted
     | Refuse
     | Tokens
+    | Vectors
     | Receipt
     | VoucherFrame
     | End
@@ -230,18 +245,29 @@ Frame = JobFrame | OffersAsk | OfferEnvelope | OffersEnd | CardAsk | CardHead | 
 class TokenBatch(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Inside Tokens: consecutive tokens of one leaf. `start`: index of the first among the job's output.
 
-    `logprobs`: 2 bytes a token, `projections`: 16 bytes a token, as in the transcript's leaf.
+    `logprobs`: 2 bytes a token, `projections`: 16 bytes a token, `routing`: 8 bytes a token or none, as in the
+    transcript's leaf. `alternatives`: for each token as many (id, 2-byte logprob) as the options asked for, or nothing.
     """
 
     start: Count
     token_ids: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=LEAF_TOKENS)]
     logprobs: Annotated[bytes, Meta(max_length=2 * LEAF_TOKENS)]
     projections: Annotated[bytes, Meta(max_length=16 * LEAF_TOKENS)]
+    routing: Annotated[bytes, Meta(max_length=8 * LEAF_TOKENS)] = b""
+    alternatives: Annotated[tuple[Alternatives, ...], Meta(max_length=LEAF_TOKENS)] = ()
+
+
+class VectorBatch(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Inside Vectors: the vector of text `index`, fp32 little-endian."""
+
+    index: Count
+    vector: Annotated[bytes, Meta(min_length=4, max_length=CHUNK_BYTES)]
 
 
 _encoder = msgspec.msgpack.Encoder()
 _frame_decoder = msgspec.msgpack.Decoder(Frame)
 _batch_decoder = msgspec.msgpack.Decoder(TokenBatch)
+_vector_decoder = msgspec.msgpack.Decoder(VectorBatch)
 
 
 def encode(frame: Frame) -> bytes:
@@ -274,9 +300,31 @@ def decode_batch(data: bytes) -> TokenBatch:
     except (msgspec.DecodeError, RecursionError, OverflowError) as exc:
         raise MalformedFrame(str(exc)) from exc
     count = len(batch.token_ids)
-    if len(batch.logprobs) != 2 * count or len(batch.projections) != 16 * count:
-        sizes = f"{len(batch.logprobs)} and {len(batch.projections)}"
+    if (
+        len(batch.logprobs) != 2 * count
+        or len(batch.projections) != 16 * count
+        or (len(batch.routing) not in (0, 8 * count))
+    ):
+        sizes = f"{len(batch.logprobs)}, {len(batch.projections)} and {len(batch.routing)}"
         raise MalformedFrame(f"{count} tokens with {sizes} bytes of evidence")
+    if len(batch.alternatives) not in (0, count):
+        raise MalformedFrame(f"{count} tokens with alternatives for {len(batch.alternatives)}")
+    return batch
+
+
+def encode_vector(batch: VectorBatch) -> bytes:
+    """Plaintext of a Vectors frame."""
+    return _encoder.encode(batch)
+
+
+def decode_vector(data: bytes) -> VectorBatch:
+    """Raises: MalformedFrame, also when the vector is no whole number of fp32 values."""
+    try:
+        batch = _vector_decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError, OverflowError) as exc:
+        raise MalformedFrame(str(exc)) from exc
+    if len(batch.vector) % 4:
+        raise MalformedFrame(f"a vector of {len(batch.vector)} bytes is not made of fp32 values")
     return batch
 
 

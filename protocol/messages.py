@@ -18,7 +18,9 @@ from protocol.eip712 import B32, U8, U32, U64, U96, Addr, Bool
 class Tariff:
     """A provider's price sheet for one profile, the same for every payer. Signed by the node key, logged on chain.
 
-    Prices: wei per token. `*_bps`: multiplier or share in basis points. `*_ms`: promised milliseconds.
+    Prices: wei per token. `*_bps`: multiplier or share in basis points; a tier at 0 is not offered. `*_ms`: promised
+    milliseconds. `embedding_price`: wei per token read by an embedding job. `cache_ttl_s`: how long a prompt that a
+    receipt states as kept is held, 0 for no promise. `base_*_bps`: bounds of the base multiplier (base_price.py).
     `valid_from`, `valid_until`: Unix seconds.
     """
 
@@ -46,6 +48,10 @@ class Tariff:
     long_context_bps: U32
     privacy_bps: U32
     reserved_discount_bps: U32
+    embedding_price: U96
+    cache_ttl_s: U32
+    base_min_bps: U32
+    base_max_bps: U32
     valid_from: U64
     valid_until: U64
 
@@ -56,6 +62,7 @@ class Offer:
 
     `box_key`: X25519 public key of this epoch. `model_hash`, `region_hash`: keccak256 of the UTF-8 text.
     `load_bps`: share of slots busy. `retention_hours`: how long content may be kept. `expires_at`: Unix seconds.
+    `base_*`: this epoch's base multiplier, the one before, and the utilisation it follows from (base_price.py).
     """
 
     provider: Addr
@@ -71,6 +78,10 @@ class Offer:
     region_hash: B32
     retention_hours: U32
     verifiability: U8
+    base_epoch: U64
+    base_bps: U32
+    base_parent_bps: U32
+    base_utilisation_bps: U32
     expires_at: U64
 
 
@@ -79,7 +90,9 @@ class Profile:
     """What exactly computes: two nodes of one profile id write the same text from the same seed.
 
     `weights_root`: SHA-256 over the sorted weight files. `active_parameters`, `total_parameters`: counts.
-    The layer shape fields are those of the STE formula (protocol/metering.py).
+    The layer shape fields are those of the STE formula (protocol/metering.py). `moe_layers`: layers with a router,
+    whose choices each token's leaf records. `reasoning_start`, `reasoning_end`: token ids that open and close a
+    reasoning block, both 0 when the template has none.
     """
 
     weights_root: B32
@@ -100,6 +113,11 @@ class Profile:
     heads: U32
     head_dim: U32
     window: U32
+    moe_layers: U32
+    experts: U32
+    experts_chosen: U32
+    reasoning_start: U32
+    reasoning_end: U32
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +125,9 @@ class JobRequest:
     """One job, signed by the client's session key. Its EIP-712 digest is the job id.
 
     `prompt_hash`: SHA-256(salt || token ids as u32 big-endian). `*_micro`: value times 1_000_000.
-    `top_k` 0 and `top_p_micro` 1_000_000 mean no cut. `price_ceiling`: most wei this job may cost.
+    `kind`: a JobKind. `top_k` 0 and `top_p_micro` 1_000_000 mean no cut. `options_hash`: over the options beside the
+    request (options.py). `base_bps`: the offer's base multiplier this job is priced at, or x1 less the reserved
+    discount when `reservation` names one. `price_ceiling`: most wei this job may cost.
     `provider_commitment`: SHA-256 of the provider's nonce, from its quote. `deadline`: Unix milliseconds.
     `parent_job`, `parent_seed`: zero, or the job whose stream this one continues, and its seed.
     """
@@ -115,16 +135,19 @@ class JobRequest:
     provider: Addr
     client: Addr
     profile_id: B32
+    kind: U8
     prompt_hash: B32
     prompt_tokens: U32
     max_tokens: U32
     temperature_micro: U32
     top_p_micro: U32
     top_k: U32
-    stop_hash: B32
+    options_hash: B32
     tier: U8
     is_private: Bool
     tariff_hash: B32
+    base_bps: U32
+    reservation: B32
     price_ceiling: U96
     client_nonce: B32
     provider_commitment: B32
@@ -149,8 +172,12 @@ class Accept:
 class WorkReceipt:
     """The provider's half of the stick, one per increment; the last has `is_final`.
 
-    Counts and money are totals of the job so far, so each receipt recomputes from scratch with one rounding.
+    Counts and money are totals of the job so far, so each receipt recomputes from scratch with one rounding. `kind`,
+    `tier`, `is_private`, `base_bps` and `reservation` repeat the request, so that receipt and tariff prove a price.
+    `cache_head`, `prompt_head`: block chain over what was hit, and over the prompt (cache.py), zero for none;
+    `is_kept`: the provider holds all of the latter now.
     `ste_micro`: standard token equivalents x 1e6. `leaves_root`: hash-chain head over the transcript's leaves.
+    `routing_root`: hash-chain head over the experts chosen, zero for a dense model.
     `*_at`: Unix milliseconds (zero where it has not happened). `waited_ms`: time spent waiting for vouchers.
     `*_line`: wei before multipliers, exact. `multiplier`: product of the four basis-point multipliers, so x1 is
     10**16. `total`: wei. `vouched`: highest voucher held for this channel when this was signed. `previous`: digest of
@@ -160,14 +187,23 @@ class WorkReceipt:
     provider: Addr
     client: Addr
     job_id: B32
+    kind: U8
+    tier: U8
+    is_private: Bool
+    base_bps: U32
+    reservation: B32
     step: U32
     is_final: Bool
     prompt_tokens: U32
     cached_tokens: U32
     completion_tokens: U32
     reasoning_tokens: U32
+    cache_head: B32
+    prompt_head: B32
+    is_kept: Bool
     ste_micro: U64
     leaves_root: B32
+    routing_root: B32
     finish_reason: U8
     received_at: U64
     first_token_at: U64

@@ -7,7 +7,8 @@ what a machine did: quantisation, padding and a recomputed prefix change nothing
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from protocol.errors import FieldOutOfRange
@@ -72,6 +73,44 @@ def flops(profile: Profile, usage: Usage) -> int:
     return dense + head + 4 * profile.heads * profile.head_dim * profile.layers * keys
 
 
-def ste_micro(profile: Profile, usage: Usage) -> int:
-    """Standard token equivalents x 1_000_000, rounded up once: ceil(flops / 16e9 * 1e6)."""
-    return -(-flops(profile, usage) // _FLOPS_PER_MICRO)
+def embedding_flops(profile: Profile, lengths: Sequence[int]) -> int:
+    """Floating point operations of reading texts of those lengths, each by itself, without a head."""
+    return sum(flops(profile, Usage(length, 0, 0, 0)) for length in lengths)
+
+
+def ste_micro_up(operations: int) -> int:
+    """Standard token equivalents x 1_000_000, rounded up once: ceil(operations / 16e9 * 1e6)."""
+    return -(-operations // _FLOPS_PER_MICRO)
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """How many output tokens lie in reasoning blocks. `start`, `end`: the profile's markers, both 0 for none.
+
+    A block's markers count as part of it; a block may be open when the output begins, because the template opened it.
+    """
+
+    start: int
+    end: int
+    open: bool = False
+    tokens: int = 0
+
+    def take(self, token_ids: Iterable[int]) -> Reasoning:
+        """With more output."""
+        if self.start == self.end:
+            return self
+        inside, count = self.open, self.tokens
+        for token_id in token_ids:
+            inside = inside or token_id == self.start
+            count += inside
+            inside = inside and token_id != self.end
+        return replace(self, open=inside, tokens=count)
+
+
+def opens_reasoning(profile: Profile, prompt: Sequence[int]) -> bool:
+    """Whether a prompt ends inside a reasoning block: its last marker opens one."""
+    if profile.reasoning_start == profile.reasoning_end:
+        return False
+    markers = (profile.reasoning_start, profile.reasoning_end)
+    last = next((token for token in reversed(prompt) if token in markers), None)
+    return last == profile.reasoning_start

@@ -11,6 +11,7 @@ from typing import Final
 
 from eth_hash.auto import keccak
 
+from protocol.base_price import check_base
 from protocol.eip712 import Domain, digest
 from protocol.errors import BadSignature, FieldOutOfRange, RemoteProtocolError
 from protocol.frames import OfferEnvelope
@@ -84,6 +85,7 @@ def check_envelope(domain: Domain, envelope: OfferEnvelope, now_s: int) -> Check
     if text_hash(envelope.model) != offer.model_hash or text_hash(envelope.region) != offer.region_hash:
         raise RemoteProtocolError("the offer's texts are not those it signed")
     _check_offer(offer, now_s)
+    check_base(offer, tariff)
     check_in_force(tariff, now_s)
     return CheckedOffer(
         offer=offer,

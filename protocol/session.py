@@ -27,6 +27,7 @@ from protocol.frames import (
     Refuse,
     Request,
     Tokens,
+    Vectors,
     VoucherFrame,
 )
 
@@ -68,6 +69,7 @@ TABLE: Final[dict[State, dict[tuple[Side, type], State]]] = {
     },
     State.RUNNING: {
         (P, Tokens): State.RUNNING,
+        (P, Vectors): State.RUNNING,
         (P, Receipt): State.RUNNING,
         (C, VoucherFrame): State.RUNNING,
         (C, Cancel): State.CANCELLING,
@@ -76,6 +78,7 @@ TABLE: Final[dict[State, dict[tuple[Side, type], State]]] = {
     },
     State.CANCELLING: {
         (P, Tokens): State.CANCELLING,
+        (P, Vectors): State.CANCELLING,
         (P, Receipt): State.CANCELLING,
         (C, VoucherFrame): State.CANCELLING,
         (P, End): State.ENDED,

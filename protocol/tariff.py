@@ -3,6 +3,8 @@
     total = ceil(m_tier * m_context * m_privacy * m_base * (prompt_line + cached_line + completion_line
             + reasoning_line) / 10**16) + per_request - refund
 
+An embedding job's prompt line is at the embedding price and its other lines are zero.
+
 Lines are exact; the four multipliers are basis points, so their product has scale 10**16. The refund is a share
 (rounded down, in the provider's favour by less than one wei) of the metered part when the tier's promise is missed.
 """
@@ -12,17 +14,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.errors import FieldOutOfRange, TariffNotInForce
-from protocol.messages import Tariff
+from protocol.errors import FieldOutOfRange, TariffNotInForce, TierNotOffered
+from protocol.messages import JobRequest, Tariff, WorkReceipt
 from protocol.metering import Usage
-from protocol.units import BPS, MAX_AMOUNT, Tier, Wei
+from protocol.units import BPS, MAX_AMOUNT, ZERO_DIGEST, Digest, JobKind, Tier, Wei
 
 MULTIPLIER_ONE: Final = BPS**4
 """x1 as the product of four basis-point multipliers."""
 
 MAX_MULTIPLIER_BPS: Final = 100 * BPS
 """Largest single multiplier a tariff may carry. Unit: bps (x100). Four of them at this bound would overflow the
-receipt's uint64, so `check_tariff` bounds the product of the tariff's own three as well."""
+receipt's uint64, so `check_tariff` bounds the product of the tariff's own four as well."""
+
+PRICES: Final = (
+    "prompt_price",
+    "cached_price",
+    "completion_price",
+    "reasoning_price",
+    "embedding_price",
+    "per_request",
+)
+"""The fields of a tariff that are prices in wei. All may be zero: a free tier is legal."""
 
 MAX_PRICE: Final = 10**19
 """Largest price per token or request. Unit: wei (10 TALLY). A line of 2**32 - 1 tokens at it still fits uint96, which
@@ -56,6 +68,51 @@ class Cost:
     total: Wei
 
 
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a job is priced by besides its counts. `base_bps`: base multiplier; `reservation`: zero for none."""
+
+    kind: JobKind = JobKind.GENERATE
+    tier: Tier = Tier.STANDARD
+    private: bool = False
+    base_bps: int = BPS
+    reservation: Digest = ZERO_DIGEST
+
+
+def basis_of(document: JobRequest | WorkReceipt) -> Basis:
+    """The pricing basis a request signs, or a receipt repeats. Raises: FieldOutOfRange for a kind or tier unknown."""
+    name = type(document).__name__
+    if document.kind not in tuple(JobKind):
+        raise FieldOutOfRange(name, "kind", document.kind)
+    if document.tier not in tuple(Tier):
+        raise FieldOutOfRange(name, "tier", document.tier)
+    if document.kind == JobKind.BATCH and document.tier != Tier.FLEX:
+        raise FieldOutOfRange(name, "tier", document.tier)  # batch work is sold at the flex price
+    return Basis(
+        JobKind(document.kind),
+        Tier(document.tier),
+        document.is_private,
+        document.base_bps,
+        Digest(document.reservation),
+    )
+
+
+def check_basis(tariff: Tariff, basis: Basis) -> None:
+    """Whether anything may be sold on this basis under the tariff.
+
+    Raises: TierNotOffered; FieldOutOfRange when the base multiplier is outside the published bounds, or is not the
+    reserved price that a reservation gives.
+    """
+    # SPEC 5.6: A tier whose multiplier is zero is not offered
+    if tier_terms(tariff, basis.tier)[0] == 0:
+        raise TierNotOffered(basis.tier.name.lower())
+    if basis.reservation != ZERO_DIGEST:
+        if basis.base_bps != BPS - tariff.reserved_discount_bps:
+            raise FieldOutOfRange("JobRequest", "base_bps", basis.base_bps)
+    elif not tariff.base_min_bps <= basis.base_bps <= tariff.base_max_bps:
+        raise FieldOutOfRange("JobRequest", "base_bps", basis.base_bps)
+
+
 def tier_terms(tariff: Tariff, tier: Tier) -> tuple[int, int, int, int]:
     """(multiplier bps, promised TTFT ms, promised TPOT ms, refund bps) of a tier. A promise of 0 ms is no promise."""
     match tier:
@@ -72,10 +129,11 @@ def check_tariff(tariff: Tariff) -> None:
 
     Raises: FieldOutOfRange naming the field.
     """
-    for name in ("prompt_price", "cached_price", "completion_price", "reasoning_price", "per_request"):
+    for name in PRICES:
         if not 0 <= getattr(tariff, name) <= MAX_PRICE:
             raise FieldOutOfRange("Tariff", name, getattr(tariff, name))
-    for name in ("flex_bps", "standard_bps", "priority_bps", "long_context_bps", "privacy_bps"):
+    multipliers = ("flex_bps", "standard_bps", "priority_bps", "long_context_bps", "privacy_bps")
+    for name in (*multipliers, "base_min_bps", "base_max_bps"):
         if not 0 <= getattr(tariff, name) <= MAX_MULTIPLIER_BPS:
             raise FieldOutOfRange("Tariff", name, getattr(tariff, name))
     for name in ("flex_refund_bps", "standard_refund_bps", "priority_refund_bps", "reserved_discount_bps"):
@@ -83,8 +141,13 @@ def check_tariff(tariff: Tariff) -> None:
             raise FieldOutOfRange("Tariff", name, getattr(tariff, name))
     if tariff.cached_price > tariff.prompt_price:
         raise FieldOutOfRange("Tariff", "cached_price", tariff.cached_price)
+    if not tariff.base_min_bps <= tariff.base_max_bps:
+        raise FieldOutOfRange("Tariff", "base_max_bps", tariff.base_max_bps)
     largest = max(tariff.flex_bps, tariff.standard_bps, tariff.priority_bps)
-    if largest * max(BPS, tariff.long_context_bps) * max(BPS, tariff.privacy_bps) > 100 * BPS**3:
+    if largest == 0:
+        raise FieldOutOfRange("Tariff", "standard_bps", 0)  # a sheet that offers no tier sells nothing
+    raised = max(BPS, tariff.long_context_bps) * max(BPS, tariff.privacy_bps) * max(BPS, tariff.base_max_bps)
+    if largest * raised > 100 * BPS**4:
         raise FieldOutOfRange("Tariff", "multipliers", largest)
     if tariff.valid_until <= tariff.valid_from:
         raise FieldOutOfRange("Tariff", "valid_until", tariff.valid_until)
@@ -96,14 +159,12 @@ def check_in_force(tariff: Tariff, now: int) -> None:
         raise TariffNotInForce(tariff.valid_from, tariff.valid_until, now)
 
 
-def multiplier_of(tariff: Tariff, tier: Tier, prompt_tokens: int, *, private: bool, base_bps: int = BPS) -> int:
-    """Product of the tier, context, privacy and base multipliers; scale 10**16.
-
-    `base_bps` moves with public utilisation, the same for everybody; x1 until the network publishes one.
-    """
+def multiplier_of(tariff: Tariff, basis: Basis, prompt_tokens: int) -> int:
+    """Product of the tier, context, privacy and base multipliers; scale 10**16. Raises: as check_basis."""
+    check_basis(tariff, basis)
     context = tariff.long_context_bps if prompt_tokens > tariff.long_context_threshold else BPS
-    privacy = tariff.privacy_bps if private else BPS
-    return tier_terms(tariff, tier)[0] * context * privacy * base_bps
+    privacy = tariff.privacy_bps if basis.private else BPS
+    return tier_terms(tariff, basis.tier)[0] * context * privacy * basis.base_bps
 
 
 def promise_missed(tariff: Tariff, tier: Tier, timing: Timing, completion_tokens: int) -> bool:
@@ -122,21 +183,22 @@ def promise_missed(tariff: Tariff, tier: Tier, timing: Timing, completion_tokens
     return timing.finished_at - timing.first_token_at - timing.waited_ms > tpot_ms * (completion_tokens - 1)
 
 
-def cost_up(tariff: Tariff, usage: Usage, tier: Tier, timing: Timing, *, private: bool) -> Cost:
+def cost_up(tariff: Tariff, usage: Usage, basis: Basis, timing: Timing) -> Cost:
     """What `usage` costs, all lines, rounded up once.
 
-    Raises: FieldOutOfRange when the total does not fit a voucher.
+    Raises: FieldOutOfRange when the total does not fit a voucher or the basis is none of the tariff's; TierNotOffered.
     """
-    prompt_line = (usage.prompt - usage.cached) * tariff.prompt_price
+    embeds = basis.kind is JobKind.EMBED
+    prompt_line = (usage.prompt - usage.cached) * (tariff.embedding_price if embeds else tariff.prompt_price)
     cached_line = usage.cached * tariff.cached_price
     completion_line = (usage.completion - usage.reasoning) * tariff.completion_price
     reasoning_line = usage.reasoning * tariff.reasoning_price
-    multiplier = multiplier_of(tariff, tier, usage.prompt, private=private)
+    multiplier = multiplier_of(tariff, basis, usage.prompt)
     lines = prompt_line + cached_line + completion_line + reasoning_line
     # SPEC 5.1: there is one rounding, up, per receipt
     metered = -(-multiplier * lines // MULTIPLIER_ONE)
-    missed = promise_missed(tariff, tier, timing, usage.completion)
-    refund = metered * tier_terms(tariff, tier)[3] // BPS if missed else 0
+    missed = promise_missed(tariff, basis.tier, timing, usage.completion)
+    refund = metered * tier_terms(tariff, basis.tier)[3] // BPS if missed else 0
     total = metered + tariff.per_request - refund
     if total > MAX_AMOUNT:
         raise FieldOutOfRange("WorkReceipt", "total", total)
@@ -152,9 +214,13 @@ def cost_up(tariff: Tariff, usage: Usage, tier: Tier, timing: Timing, *, private
     )
 
 
-def worst_case_up(tariff: Tariff, prompt_tokens: int, completion_tokens: int, tier: Tier, *, private: bool) -> Wei:
-    """The most such a job can cost: nothing cached, no refund, reasoning at whichever price is higher."""
+def worst_case_up(tariff: Tariff, prompt_tokens: int, completion_tokens: int, basis: Basis) -> Wei:
+    """The most such a job can cost: nothing cached, no refund, reasoning at whichever price is higher.
+
+    Raises: FieldOutOfRange, TierNotOffered.
+    """
+    read = tariff.embedding_price if basis.kind is JobKind.EMBED else tariff.prompt_price
     dearer = max(tariff.completion_price, tariff.reasoning_price)
-    lines = prompt_tokens * tariff.prompt_price + completion_tokens * dearer
-    multiplier = multiplier_of(tariff, tier, prompt_tokens, private=private)
+    lines = prompt_tokens * read + completion_tokens * dearer
+    multiplier = multiplier_of(tariff, basis, prompt_tokens)
     return Wei(-(-multiplier * lines // MULTIPLIER_ONE) + tariff.per_request)

@@ -2,7 +2,8 @@
 
 Provider and client run the same `Transcript` over the same leaves, so the head a receipt signs is recomputed, never
 believed. Everything is big-endian. A record is 22 bytes: token id (u32), log-probability (fp16 bits), projection
-(8 x fp16 bits); a leaf is 1 to 32 records in order and only the last leaf of a transcript may hold fewer than 32.
+(8 x fp16 bits), and in a mixture of experts 8 more for the experts chosen; a leaf is 1 to 32 records in order and only
+the last leaf of a transcript may hold fewer than 32. In an embedding job each vector is a leaf.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from protocol.errors import FieldOutOfRange, MalformedFrame
 from protocol.sampling import mix, stream_keys
-from protocol.units import LEAF_TOKENS, Digest, JobId
+from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Digest, JobId
 
 LOGPROB_BYTES: Final = 2
 PROJECTION_ROWS: Final = 8
@@ -24,20 +25,34 @@ PROJECTION_ROWS: Final = 8
 adds 16 bytes to every token sent and stored."""
 
 PROJECTION_BYTES: Final = 2 * PROJECTION_ROWS
+ROUTING_BYTES: Final = 8
+"""What fingerprints the experts chosen for a token: the start of SHA-256 over their ids. 8 bytes make a chance match
+one in 2^64; a full digest would double a record to prove no more."""
+
 RECORD_BYTES: Final = 4 + LOGPROB_BYTES + PROJECTION_BYTES
-MAX_LEAF_BYTES: Final = RECORD_BYTES * LEAF_TOKENS
 
 _TAG_START: Final = b"tally/transcript/start/1"
 _TAG_LEAF: Final = b"tally/transcript/leaf/1"
 _TAG_HEAD: Final = b"tally/transcript/head/1"
-_TAG_STOP: Final = b"tally/stop/1"
+_TAG_VECTOR: Final = b"tally/transcript/vector/1"
+_TAG_ROUTING: Final = b"tally/transcript/routing/1"
 _TAG_PROJECTION: Final = b"tally/projection/1"
 _FP16_MAX: Final = 65504.0
 
 
+class Row(NamedTuple):
+    """One token as it is recorded. `routing`: b"" in a dense model."""
+
+    token_id: int
+    logprob: bytes
+    projection: bytes
+    routing: bytes = b""
+
+
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """1 to 32 consecutive tokens. `logprobs`: 2 bytes a token; `projections`: 16 bytes a token, both as emitted.
+    """1 to 32 consecutive tokens. `logprobs`: 2 bytes a token; `projections`: 16 bytes a token, both as emitted;
+    `routing`: 8 bytes a token, or b"" for a dense model.
 
     Raises: FieldOutOfRange when a length or a token id (u32) does not fit.
     """
@@ -45,6 +60,7 @@ class Leaf:
     token_ids: tuple[int, ...]
     logprobs: bytes
     projections: bytes
+    routing: bytes = b""
 
     def __post_init__(self) -> None:
         count = len(self.token_ids)
@@ -54,44 +70,46 @@ class Leaf:
             raise FieldOutOfRange("Leaf", "logprobs", len(self.logprobs))
         if len(self.projections) != PROJECTION_BYTES * count:
             raise FieldOutOfRange("Leaf", "projections", len(self.projections))
+        if len(self.routing) not in (0, ROUTING_BYTES * count):
+            raise FieldOutOfRange("Leaf", "routing", len(self.routing))
         for token_id in self.token_ids:
             if type(token_id) is not int or not 0 <= token_id < 1 << 32:
                 raise FieldOutOfRange("Leaf", "token_ids", token_id)
 
     @classmethod
-    def of(cls, records: Iterable[tuple[int, bytes, bytes]]) -> Leaf:
-        """From (token id, logprob, projection) triples. Raises: FieldOutOfRange."""
+    def of(cls, records: Iterable[Row]) -> Leaf:
+        """From rows. Raises: FieldOutOfRange."""
         rows = list(records)
-        for _, logprob, projection in rows:
-            if len(logprob) != LOGPROB_BYTES:
-                raise FieldOutOfRange("Leaf", "logprobs", logprob)
-            if len(projection) != PROJECTION_BYTES:
-                raise FieldOutOfRange("Leaf", "projections", projection)
-        return cls(tuple(row[0] for row in rows), b"".join(row[1] for row in rows), b"".join(row[2] for row in rows))
+        widths = (("logprobs", 1, LOGPROB_BYTES), ("projections", 2, PROJECTION_BYTES))
+        for name, at, width in widths:
+            for row in rows:
+                if len(row[at]) != width:  # type: ignore[arg-type]
+                    raise FieldOutOfRange("Leaf", name, row[at])
+        if len({len(row.routing) for row in rows}) > 1:
+            raise FieldOutOfRange("Leaf", "routing", "some tokens with, some without")
+        return cls(
+            tuple(row.token_id for row in rows),
+            b"".join(row.logprob for row in rows),
+            b"".join(row.projection for row in rows),
+            b"".join(row.routing for row in rows),
+        )
 
-    @classmethod
-    def from_bytes(cls, raw: bytes) -> Leaf:
-        """The inverse of `to_bytes`. Raises: MalformedFrame when the length is no whole number of records, 1 to 32."""
-        if not 0 < len(raw) <= MAX_LEAF_BYTES or len(raw) % RECORD_BYTES:
-            raise MalformedFrame(
-                f"a leaf of {len(raw)} bytes is not 1 to {LEAF_TOKENS} records of {RECORD_BYTES} bytes"
-            )
-        return cls.of(struct.iter_unpack(f">I{LOGPROB_BYTES}s{PROJECTION_BYTES}s", raw))
-
-    def records(self) -> list[tuple[int, bytes, bytes]]:
-        """(token id, logprob, projection) of each token, in order."""
+    def records(self) -> list[Row]:
+        """Each token's row, in order."""
+        wide = ROUTING_BYTES if self.routing else 0
         return [
-            (
+            Row(
                 token_id,
                 self.logprobs[LOGPROB_BYTES * i : LOGPROB_BYTES * (i + 1)],
                 self.projections[PROJECTION_BYTES * i : PROJECTION_BYTES * (i + 1)],
+                self.routing[wide * i : wide * (i + 1)],
             )
             for i, token_id in enumerate(self.token_ids)
         ]
 
     def to_bytes(self) -> bytes:
-        """Canonical bytes: 22 per token."""
-        return b"".join(struct.pack(">I", token_id) + logprob + row for token_id, logprob, row in self.records())
+        """Canonical bytes: 22 per token, 30 in a mixture of experts."""
+        return b"".join(struct.pack(">I", row.token_id) + b"".join(row[1:]) for row in self.records())
 
     def hash(self) -> Digest:
         """SHA-256(tag || canonical bytes)."""
@@ -100,12 +118,16 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """The chain so far. `head` is what a receipt signs as `leaves_root`. `closed`: a short leaf has ended it."""
+    """The chain so far. `head` is what a receipt signs as `leaves_root`, `routing` as `routing_root`.
+
+    `closed`: a short leaf has ended it. `routing` stays zero in a dense model.
+    """
 
     head: Digest
     leaves: int = 0
     tokens: int = 0
     closed: bool = False
+    routing: Digest = ZERO_DIGEST
 
     @classmethod
     def start(cls, job_id: JobId) -> Transcript:
@@ -115,20 +137,37 @@ class Transcript:
         return cls(Digest(hashlib.sha256(_TAG_START + job_id).digest()))
 
     def extend(self, leaf: Leaf) -> Transcript:
-        """With one more leaf: head_{k+1} = SHA-256(tag || head_k || leaf hash).
+        """With one more leaf: head_{k+1} = SHA-256(tag || head_k || leaf hash), and the same over its routing bytes.
 
         Raises: MalformedFrame when an earlier leaf was short: only the last may be.
         """
         if self.closed:
             raise MalformedFrame(f"leaf {self.leaves} follows a leaf of fewer than {LEAF_TOKENS} tokens")
         count = len(leaf.token_ids)
+        routing = self.routing
+        if leaf.routing:
+            routing = Digest(hashlib.sha256(_TAG_ROUTING + routing + leaf.routing).digest())
         return replace(
             self,
-            head=Digest(hashlib.sha256(_TAG_HEAD + self.head + leaf.hash()).digest()),
+            head=self._head(leaf.hash()),
             leaves=self.leaves + 1,
             tokens=self.tokens + count,
             closed=count < LEAF_TOKENS,
+            routing=routing,
         )
+
+    def extend_vector(self, vector: bytes) -> Transcript:
+        """With one more embedding, whose leaf hash is SHA-256(tag || bytes as delivered)."""
+        leaf = Digest(hashlib.sha256(_TAG_VECTOR + vector).digest())
+        return replace(self, head=self._head(leaf), leaves=self.leaves + 1)
+
+    def _head(self, leaf_hash: Digest) -> Digest:
+        return Digest(hashlib.sha256(_TAG_HEAD + self.head + leaf_hash).digest())
+
+
+def routing_fingerprint(experts: Sequence[int]) -> bytes:
+    """8 bytes over one token's experts: ids as u16, ascending within a layer, layer after layer."""
+    return hashlib.sha256(struct.pack(f">{len(experts)}H", *experts)).digest()[:ROUTING_BYTES]
 
 
 def prompt_hash(salt: bytes, token_ids: Sequence[int]) -> Digest:
@@ -139,19 +178,6 @@ def prompt_hash(salt: bytes, token_ids: Sequence[int]) -> Digest:
     if len(salt) != 32:
         raise FieldOutOfRange("JobRequest", "prompt_hash.salt", len(salt))
     return Digest(hashlib.sha256(salt + _words("prompt_hash", token_ids)).digest())
-
-
-def stop_hash(stop_ids: Sequence[int], stop_strings: Sequence[str]) -> Digest:
-    """SHA-256 over what ends a stream besides EOS, in the order given.
-
-    tag || count u32 || ids u32 || count u32 || for each string its UTF-8 length u32 and bytes. Raises: FieldOutOfRange.
-    """
-    parts = [_TAG_STOP, struct.pack(">I", len(stop_ids)), _words("stop_hash", stop_ids)]
-    parts.append(struct.pack(">I", len(stop_strings)))
-    for text in stop_strings:
-        raw = text.encode()
-        parts += [struct.pack(">I", len(raw)), raw]
-    return Digest(hashlib.sha256(b"".join(parts)).digest())
 
 
 def _words(field: str, token_ids: Sequence[int]) -> bytes:

@@ -47,6 +47,14 @@ class Tier(IntEnum):
     PRIORITY = 2
 
 
+class JobKind(IntEnum):
+    """What a job computes. BATCH is GENERATE without a reader waiting: flex tier, served when nothing else wants to."""
+
+    GENERATE = 0
+    EMBED = 1
+    BATCH = 2
+
+
 class FinishReason(IntEnum):
     """Why a stream of tokens ended. OPEN is what an interim receipt carries."""
 

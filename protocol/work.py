@@ -11,13 +11,15 @@ import hashlib
 from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
+from protocol.cache import BLOCK_TOKENS, cache_head, hit_limit, prompt_head
 from protocol.eip712 import Domain, digest
 from protocol.errors import ReceiptMismatch, RemoteProtocolError
 from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
-from protocol.metering import Usage, ste_micro
-from protocol.tariff import Cost, Timing, cost_up, worst_case_up
-from protocol.transcript import Leaf, Transcript
-from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Digest, FinishReason, JobId, Tier, Wei
+from protocol.metering import Reasoning, Usage, embedding_flops, flops, ste_micro_up
+from protocol.options import JobOptions
+from protocol.tariff import Cost, Timing, basis_of, cost_up, worst_case_up
+from protocol.transcript import ROUTING_BYTES, Leaf, Row, Transcript
+from protocol.units import LEAF_TOKENS, ZERO_DIGEST, Digest, FinishReason, JobId, JobKind, Wei
 
 CLOCK_SLACK_MS: Final = 5_000
 """How far the provider's clock may be from ours before its receipt times are refused. Unit: ms. Wide enough for
@@ -31,22 +33,28 @@ Covers the network and a busy client; doubling it lets a provider hide that much
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One job so far. `pending`: tokens not yet in a leaf, as (id, logprob, projection) triples.
+    """One job so far. `pending`: tokens not yet in a leaf.
 
-    `step`: receipts made. `previous`: digest of the last one. `total`: what it comes to, wei. `waited_ms`: time the
-    provider waited for vouchers (a client: how long it let them wait). `accepted_seen`, `first_seen`: a client's own
-    clock at the acceptance and at the first token, Unix ms; 0 at the provider, whose clock the receipts carry.
+    `heads`: block heads of the prompt under the payer's cache salt, () where it named none. `kept`: the provider holds
+    all of them now. `step`: receipts made. `previous`: digest of the last one. `total`: what it comes to, wei.
+    `waited_ms`: time the provider waited for vouchers (a client: how long it let them wait). `accepted_seen`,
+    `first_seen`: a client's own clock at the acceptance and at the first token, Unix ms; 0 at the provider, whose clock
+    the receipts carry.
     """
 
     job_id: JobId
     request: JobRequest
+    options: JobOptions
     tariff: Tariff
     profile: Profile
     transcript: Transcript
+    reasoning: Reasoning
     received_at: int
+    heads: tuple[Digest, ...] = ()
     cached_tokens: int = 0
+    kept: bool = False
     first_token_at: int = 0
-    pending: tuple[tuple[int, bytes, bytes], ...] = ()
+    pending: tuple[Row, ...] = ()
     step: int = 0
     previous: Digest = ZERO_DIGEST
     total: Wei = field(default=Wei(0))
@@ -56,11 +64,37 @@ class Work:
 
     @classmethod
     def start(
-        cls, job_id: JobId, request: JobRequest, tariff: Tariff, profile: Profile, accept: Accept, seen_at: int = 0
+        cls,
+        job_id: JobId,
+        request: JobRequest,
+        options: JobOptions,
+        tariff: Tariff,
+        profile: Profile,
+        accept: Accept,
+        heads: tuple[Digest, ...],
+        seen_at: int = 0,
     ) -> Work:
-        """The account at acceptance, before any token. `seen_at`: when a client got the acceptance, its Unix ms."""
-        start = Transcript.start(job_id)
-        return cls(job_id, request, tariff, profile, start, accept.accepted_at, accepted_seen=seen_at)
+        """The account at acceptance, before any token. `seen_at`: when a client got the acceptance, its Unix ms.
+
+        `heads`: block heads of the prompt, () where the client named no cache.
+        """
+        return cls(
+            job_id,
+            request,
+            options,
+            tariff,
+            profile,
+            Transcript.start(job_id),
+            Reasoning(profile.reasoning_start, profile.reasoning_end, options.reasoning_open),
+            accept.accepted_at,
+            heads=heads,
+            accepted_seen=seen_at,
+        )
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the job's output is vectors."""
+        return self.request.kind == JobKind.EMBED
 
     @property
     def completion_tokens(self) -> int:
@@ -68,24 +102,62 @@ class Work:
         return self.transcript.tokens + len(self.pending)
 
     @property
+    def begun(self) -> bool:
+        """Whether any output has come."""
+        return bool(self.completion_tokens or (self.embeds and self.transcript.leaves))
+
+    @property
     def room(self) -> int:
         """Tokens until the leaf is full and a receipt is due; never more than max_tokens leaves."""
         return min(LEAF_TOKENS - len(self.pending), self.request.max_tokens - self.completion_tokens)
 
-    def take(self, rows: tuple[tuple[int, bytes, bytes], ...], now_ms: int) -> Work:
-        """With more tokens. Raises: RemoteProtocolError when they overrun the leaf or max_tokens."""
+    def hit(self, cached_tokens: int, *, kept: bool) -> Work:
+        """With what the prefix cache held of the prompt, and whether it holds all of it now."""
+        return replace(self, cached_tokens=cached_tokens, kept=kept and len(self.heads) > 1)
+
+    def take(self, rows: tuple[Row, ...], now_ms: int) -> Work:
+        """With more tokens.
+
+        Raises: RemoteProtocolError when they overrun the leaf or max_tokens, or lack the routing their profile has.
+        """
         if not 0 < len(rows) <= self.room:
             raise RemoteProtocolError(f"{len(rows)} tokens where at most {self.room} may come before the next receipt")
+        width = ROUTING_BYTES if self.profile.moe_layers else 0
+        if any(len(row.routing) != width for row in rows):
+            raise RemoteProtocolError(f"each token of this profile carries {width} bytes of routing evidence")
         first, seen = self.first_token_at or now_ms, self.first_seen or now_ms
-        return replace(self, pending=self.pending + rows, first_token_at=first, first_seen=seen)
+        reasoning = self.reasoning.take(row.token_id for row in rows)
+        return replace(self, pending=self.pending + rows, first_token_at=first, first_seen=seen, reasoning=reasoning)
+
+    def take_vector(self, index: int, vector: bytes, now_ms: int) -> Work:
+        """With one more embedding. Raises: RemoteProtocolError when it is not the one that comes next."""
+        if not self.embeds or index != self.transcript.leaves or index >= len(self.options.inputs):
+            raise RemoteProtocolError(
+                f"vector {index} where {self.transcript.leaves} of {len(self.options.inputs)} came"
+            )
+        first, seen = self.first_token_at or now_ms, self.first_seen or now_ms
+        return replace(self, transcript=self.transcript.extend_vector(vector), first_token_at=first, first_seen=seen)
 
     def waited(self, milliseconds: int) -> Work:
         """With that much more time spent between a receipt and its voucher."""
         return replace(self, waited_ms=self.waited_ms + max(0, milliseconds))
 
+    @property
+    def _read(self) -> tuple[int, ...]:
+        """Lengths of the texts whose vectors were delivered: what an embedding job is charged for."""
+        return self.options.inputs[: self.transcript.leaves]
+
     def usage(self) -> Usage:
         """Counts so far."""
-        return Usage(self.request.prompt_tokens, self.cached_tokens, self.completion_tokens, 0)
+        if self.embeds:
+            return Usage(sum(self._read), 0, 0, 0)
+        return Usage(self.request.prompt_tokens, self.cached_tokens, self.completion_tokens, self.reasoning.tokens)
+
+    def ste_micro(self) -> int:
+        """Work so far, in millionths of a standard token equivalent."""
+        if self.embeds:
+            return ste_micro_up(embedding_flops(self.profile, self._read))
+        return ste_micro_up(flops(self.profile, self.usage()))
 
     def timing(self, finished_at: int = 0) -> Timing:
         """Times so far; `finished_at` only for the final receipt."""
@@ -93,13 +165,7 @@ class Work:
 
     def cost(self, finished_at: int) -> Cost:
         """Cost of everything so far."""
-        return cost_up(
-            self.tariff,
-            self.usage(),
-            Tier(self.request.tier),
-            self.timing(finished_at),
-            private=self.request.is_private,
-        )
+        return cost_up(self.tariff, self.usage(), basis_of(self.request), self.timing(finished_at))
 
     def receipt(self, finish: FinishReason, finished_at: int, vouched: Wei) -> tuple[Work, WorkReceipt]:
         """Close the leaf and state what is owed so far. `finish` OPEN makes an interim receipt.
@@ -112,19 +178,29 @@ class Work:
             raise RemoteProtocolError(f"an interim receipt covers {LEAF_TOKENS} tokens, not {len(self.pending)}")
         cost = self.cost(finished_at)
         usage = self.usage()
+        request = self.request
         transcript = self.transcript.extend(Leaf.of(self.pending)) if self.pending else self.transcript
         receipt = WorkReceipt(
-            provider=self.request.provider,
-            client=self.request.client,
+            provider=request.provider,
+            client=request.client,
             job_id=Digest(self.job_id),
+            kind=request.kind,
+            tier=request.tier,
+            is_private=request.is_private,
+            base_bps=request.base_bps,
+            reservation=request.reservation,
             step=self.step + 1,
             is_final=final,
             prompt_tokens=usage.prompt,
             cached_tokens=usage.cached,
             completion_tokens=usage.completion,
             reasoning_tokens=usage.reasoning,
-            ste_micro=ste_micro(self.profile, usage),
+            cache_head=cache_head(self.heads, usage.cached),
+            prompt_head=prompt_head(self.heads),
+            is_kept=self.kept,
+            ste_micro=self.ste_micro(),
             leaves_root=transcript.head,
+            routing_root=transcript.routing,
             finish_reason=finish,
             received_at=self.received_at,
             first_token_at=self.first_token_at,
@@ -139,7 +215,7 @@ class Work:
             refund=cost.refund,
             total=cost.total,
             vouched=vouched,
-            tariff_hash=self.request.tariff_hash,
+            tariff_hash=request.tariff_hash,
             previous=self.previous,
         )
         return replace(self, transcript=transcript, pending=(), step=self.step + 1, total=cost.total), receipt
@@ -160,10 +236,7 @@ def derive_expected(work: Work, claimed: WorkReceipt, now_ms: int) -> tuple[Work
         raise ReceiptMismatch("finish_reason", claimed.finish_reason, "a known reason") from exc
     if claimed.is_final != (finish is not FinishReason.OPEN):
         raise ReceiptMismatch("is_final", claimed.is_final, finish is not FinishReason.OPEN)
-    if claimed.cached_tokens > work.request.prompt_tokens:
-        raise ReceiptMismatch("cached_tokens", claimed.cached_tokens, work.request.prompt_tokens)
-    if work.step and claimed.cached_tokens != work.cached_tokens:  # said once, lest a hit be priced as a miss later
-        raise ReceiptMismatch("cached_tokens", claimed.cached_tokens, work.cached_tokens)
+    _check_cache(work, claimed)
     _check_times(work, claimed, now_ms)
     _check_durations(work, claimed, now_ms)
     _check_finish(work, finish, claimed, now_ms)
@@ -171,9 +244,22 @@ def derive_expected(work: Work, claimed: WorkReceipt, now_ms: int) -> tuple[Work
         work,
         first_token_at=claimed.first_token_at,
         cached_tokens=claimed.cached_tokens,
+        kept=claimed.is_kept,
         waited_ms=claimed.waited_ms,
     )
     return ours.receipt(finish, claimed.finished_at, Wei(claimed.vouched))
+
+
+def _check_cache(work: Work, claimed: WorkReceipt) -> None:
+    """A hit is whole blocks of a prompt whose payer wanted caching, with the head that our own hashing gives."""
+    # SPEC 5.7: Cached tokens are whole blocks of 32, at least one token of the prompt is computed
+    limit = hit_limit(work.request.prompt_tokens) if work.heads else 0
+    if claimed.cached_tokens > limit or claimed.cached_tokens % BLOCK_TOKENS:
+        raise ReceiptMismatch("cached_tokens", claimed.cached_tokens, f"whole blocks, at most {limit}")
+    if work.step and claimed.cached_tokens != work.cached_tokens:  # said once, lest a hit be priced as a miss later
+        raise ReceiptMismatch("cached_tokens", claimed.cached_tokens, work.cached_tokens)
+    if claimed.is_kept and prompt_head(work.heads) == ZERO_DIGEST:
+        raise ReceiptMismatch("is_kept", True, False)
 
 
 def _check_times(work: Work, claimed: WorkReceipt, now_ms: int) -> None:
@@ -185,7 +271,7 @@ def _check_times(work: Work, claimed: WorkReceipt, now_ms: int) -> None:
     observed = work.first_token_at
     if work.step and claimed.first_token_at != observed:
         raise ReceiptMismatch("first_token_at", claimed.first_token_at, observed)
-    if bool(claimed.first_token_at) != bool(work.completion_tokens):
+    if bool(claimed.first_token_at) != work.begun:
         raise ReceiptMismatch("first_token_at", claimed.first_token_at, observed)
     if claimed.first_token_at and not (
         work.received_at <= claimed.first_token_at and abs(observed - claimed.first_token_at) <= CLOCK_SLACK_MS
@@ -224,7 +310,11 @@ def _check_finish(work: Work, finish: FinishReason, claimed: WorkReceipt, now_ms
         raise ReceiptMismatch("finish_reason", "open", "all the tokens that were asked for")
     if finish is FinishReason.ERROR:
         raise ReceiptMismatch("finish_reason", "error", "a reason the client pays for")
-    if finish is FinishReason.LENGTH and work.completion_tokens != work.request.max_tokens:
+    if work.embeds:
+        done = work.transcript.leaves == len(work.options.inputs)
+        if finish is FinishReason.LENGTH or done != (finish is FinishReason.STOP):
+            raise ReceiptMismatch("finish_reason", finish.name.lower(), f"{work.transcript.leaves} vectors")
+    elif finish is FinishReason.LENGTH and work.completion_tokens != work.request.max_tokens:
         raise ReceiptMismatch(
             "finish_reason", "length", f"{work.completion_tokens} of {work.request.max_tokens} tokens"
         )
@@ -249,8 +339,7 @@ def check_receipt(domain: Domain, work: Work, claimed: WorkReceipt, now_ms: int)
 
 def most_up(tariff: Tariff, request: JobRequest, tokens: int) -> Wei:
     """The most that `request` can come to with `tokens` output tokens, or as many as it asks for if that is fewer."""
-    upto = min(tokens, request.max_tokens)
-    return worst_case_up(tariff, request.prompt_tokens, upto, Tier(request.tier), private=request.is_private)
+    return worst_case_up(tariff, request.prompt_tokens, min(tokens, request.max_tokens), basis_of(request))
 
 
 def nonce_commitment(provider_nonce: bytes) -> Digest:

@@ -28,6 +28,10 @@ struct Tariff {
     uint32 longContextBps;
     uint32 privacyBps;
     uint32 reservedDiscountBps;
+    uint96 embeddingPrice;
+    uint32 cacheTtlS;
+    uint32 baseMinBps;
+    uint32 baseMaxBps;
     uint64 validFrom;
     uint64 validUntil;
 }
@@ -47,6 +51,10 @@ struct Offer {
     bytes32 regionHash;
     uint32 retentionHours;
     uint8 verifiability;
+    uint64 baseEpoch;
+    uint32 baseBps;
+    uint32 baseParentBps;
+    uint32 baseUtilisationBps;
     uint64 expiresAt;
 }
 
@@ -70,6 +78,11 @@ struct Profile {
     uint32 heads;
     uint32 headDim;
     uint32 window;
+    uint32 moeLayers;
+    uint32 experts;
+    uint32 expertsChosen;
+    uint32 reasoningStart;
+    uint32 reasoningEnd;
 }
 
 /// @notice One job, signed by the client's session key. Its EIP-712 digest is the job id.
@@ -77,16 +90,19 @@ struct JobRequest {
     address provider;
     address client;
     bytes32 profileId;
+    uint8 kind;
     bytes32 promptHash;
     uint32 promptTokens;
     uint32 maxTokens;
     uint32 temperatureMicro;
     uint32 topPMicro;
     uint32 topK;
-    bytes32 stopHash;
+    bytes32 optionsHash;
     uint8 tier;
     bool isPrivate;
     bytes32 tariffHash;
+    uint32 baseBps;
+    bytes32 reservation;
     uint96 priceCeiling;
     bytes32 clientNonce;
     bytes32 providerCommitment;
@@ -109,14 +125,23 @@ struct WorkReceipt {
     address provider;
     address client;
     bytes32 jobId;
+    uint8 kind;
+    uint8 tier;
+    bool isPrivate;
+    uint32 baseBps;
+    bytes32 reservation;
     uint32 step;
     bool isFinal;
     uint32 promptTokens;
     uint32 cachedTokens;
     uint32 completionTokens;
     uint32 reasoningTokens;
+    bytes32 cacheHead;
+    bytes32 promptHead;
+    bool isKept;
     uint64 steMicro;
     bytes32 leavesRoot;
+    bytes32 routingRoot;
     uint8 finishReason;
     uint64 receivedAt;
     uint64 firstTokenAt;
@@ -174,18 +199,18 @@ bytes32 constant DOMAIN_TYPEHASH = 0x8b73c3c69bb8fe3d512ecc4cf759cc79239f7b179b0
 bytes32 constant DOMAIN_NAME_HASH = 0xc5bbecb198480542a38727b306e1c62b4cad81c258e52e368f20316d937d2787;
 /// @dev keccak256 of `1`.
 bytes32 constant DOMAIN_VERSION_HASH = 0xc89efdaa54c0f20c7adf612882df0950f5a951637e0307cdcb4c672f298b8bc6;
-/// @dev keccak256 of `Tariff(address provider,uint64 sequence,bytes32 profileId,uint96 promptPrice,uint96 cachedPrice,uint96 completionPrice,uint96 reasoningPrice,uint96 perRequest,uint32 flexBps,uint32 standardBps,uint32 priorityBps,uint32 flexTtftMs,uint32 standardTtftMs,uint32 priorityTtftMs,uint32 flexTpotMs,uint32 standardTpotMs,uint32 priorityTpotMs,uint32 flexRefundBps,uint32 standardRefundBps,uint32 priorityRefundBps,uint32 longContextThreshold,uint32 longContextBps,uint32 privacyBps,uint32 reservedDiscountBps,uint64 validFrom,uint64 validUntil)`.
-bytes32 constant TARIFF_TYPEHASH = 0xe2496dbadc795803dbb3877a9b372f7bd5743c24036b9c293b8439cb889d38fb;
-/// @dev keccak256 of `Offer(address provider,uint64 sequence,bytes32 boxKey,bytes32 modelHash,bytes32 profileId,uint32 slots,uint32 loadBps,uint32 maxContext,uint32 maxOutput,bytes32 tariffHash,bytes32 regionHash,uint32 retentionHours,uint8 verifiability,uint64 expiresAt)`.
-bytes32 constant OFFER_TYPEHASH = 0xfe2b2441aecee5b236ed53c363a4afe613f9d3fd14bbad71ee450781b1fc2714;
-/// @dev keccak256 of `Profile(bytes32 weightsRoot,bytes32 tokenizerHash,bytes32 chatTemplateHash,bytes32 specialPolicyHash,bytes32 dtypeHash,bytes32 kvDtypeHash,bytes32 engineHash,bytes32 samplerHash,uint32 marginMilli,uint32 flagPpm,uint64 activeParameters,uint64 totalParameters,uint64 bodyParameters,uint64 headParameters,uint32 layers,uint32 heads,uint32 headDim,uint32 window)`.
-bytes32 constant PROFILE_TYPEHASH = 0x1c2c35ddaca6d278442f9ba740294ec8fe7c77a2293949e78ed79295b143b686;
-/// @dev keccak256 of `JobRequest(address provider,address client,bytes32 profileId,bytes32 promptHash,uint32 promptTokens,uint32 maxTokens,uint32 temperatureMicro,uint32 topPMicro,uint32 topK,bytes32 stopHash,uint8 tier,bool isPrivate,bytes32 tariffHash,uint96 priceCeiling,bytes32 clientNonce,bytes32 providerCommitment,bytes32 clientBoxKey,uint64 deadline,bytes32 parentJob,bytes32 parentSeed)`.
-bytes32 constant JOB_REQUEST_TYPEHASH = 0x0c6a50247410253f0dd99d39d83df45792980f9aaa05f608cfa25f72b06f93d9;
+/// @dev keccak256 of `Tariff(address provider,uint64 sequence,bytes32 profileId,uint96 promptPrice,uint96 cachedPrice,uint96 completionPrice,uint96 reasoningPrice,uint96 perRequest,uint32 flexBps,uint32 standardBps,uint32 priorityBps,uint32 flexTtftMs,uint32 standardTtftMs,uint32 priorityTtftMs,uint32 flexTpotMs,uint32 standardTpotMs,uint32 priorityTpotMs,uint32 flexRefundBps,uint32 standardRefundBps,uint32 priorityRefundBps,uint32 longContextThreshold,uint32 longContextBps,uint32 privacyBps,uint32 reservedDiscountBps,uint96 embeddingPrice,uint32 cacheTtlS,uint32 baseMinBps,uint32 baseMaxBps,uint64 validFrom,uint64 validUntil)`.
+bytes32 constant TARIFF_TYPEHASH = 0xb387d62cdf61b6febde661cb5f28176bc617a2d0815055e760b0a05776bd9083;
+/// @dev keccak256 of `Offer(address provider,uint64 sequence,bytes32 boxKey,bytes32 modelHash,bytes32 profileId,uint32 slots,uint32 loadBps,uint32 maxContext,uint32 maxOutput,bytes32 tariffHash,bytes32 regionHash,uint32 retentionHours,uint8 verifiability,uint64 baseEpoch,uint32 baseBps,uint32 baseParentBps,uint32 baseUtilisationBps,uint64 expiresAt)`.
+bytes32 constant OFFER_TYPEHASH = 0xcaffb1a789c7890c207d1198530d7efebd317aa1d024cbfa969f5a1e647c7055;
+/// @dev keccak256 of `Profile(bytes32 weightsRoot,bytes32 tokenizerHash,bytes32 chatTemplateHash,bytes32 specialPolicyHash,bytes32 dtypeHash,bytes32 kvDtypeHash,bytes32 engineHash,bytes32 samplerHash,uint32 marginMilli,uint32 flagPpm,uint64 activeParameters,uint64 totalParameters,uint64 bodyParameters,uint64 headParameters,uint32 layers,uint32 heads,uint32 headDim,uint32 window,uint32 moeLayers,uint32 experts,uint32 expertsChosen,uint32 reasoningStart,uint32 reasoningEnd)`.
+bytes32 constant PROFILE_TYPEHASH = 0x31863a12d27c5ec350ea85ddde130bd8ca80dfe7a44b0f4bff5ce10d1929c275;
+/// @dev keccak256 of `JobRequest(address provider,address client,bytes32 profileId,uint8 kind,bytes32 promptHash,uint32 promptTokens,uint32 maxTokens,uint32 temperatureMicro,uint32 topPMicro,uint32 topK,bytes32 optionsHash,uint8 tier,bool isPrivate,bytes32 tariffHash,uint32 baseBps,bytes32 reservation,uint96 priceCeiling,bytes32 clientNonce,bytes32 providerCommitment,bytes32 clientBoxKey,uint64 deadline,bytes32 parentJob,bytes32 parentSeed)`.
+bytes32 constant JOB_REQUEST_TYPEHASH = 0x60720efcf2afcf77292a21e422cdf7f300019e9b264e3bcce370dfaa935606c7;
 /// @dev keccak256 of `Accept(bytes32 jobId,bytes32 providerNonce,bytes32 seed,uint64 acceptedAt)`.
 bytes32 constant ACCEPT_TYPEHASH = 0xfe308c348dca981f35163ea16257c45fe3d71a223cb0fcab6c9d8d3bcbf3fb4f;
-/// @dev keccak256 of `WorkReceipt(address provider,address client,bytes32 jobId,uint32 step,bool isFinal,uint32 promptTokens,uint32 cachedTokens,uint32 completionTokens,uint32 reasoningTokens,uint64 steMicro,bytes32 leavesRoot,uint8 finishReason,uint64 receivedAt,uint64 firstTokenAt,uint64 finishedAt,uint32 waitedMs,uint96 promptLine,uint96 cachedLine,uint96 completionLine,uint96 reasoningLine,uint64 multiplier,uint96 perRequest,uint96 refund,uint96 total,uint96 vouched,bytes32 tariffHash,bytes32 previous)`.
-bytes32 constant WORK_RECEIPT_TYPEHASH = 0x9612eb6db5eb6a7d14c9ad4fc0deccadc92c085ab0f0bb42d1006ed5feae0edc;
+/// @dev keccak256 of `WorkReceipt(address provider,address client,bytes32 jobId,uint8 kind,uint8 tier,bool isPrivate,uint32 baseBps,bytes32 reservation,uint32 step,bool isFinal,uint32 promptTokens,uint32 cachedTokens,uint32 completionTokens,uint32 reasoningTokens,bytes32 cacheHead,bytes32 promptHead,bool isKept,uint64 steMicro,bytes32 leavesRoot,bytes32 routingRoot,uint8 finishReason,uint64 receivedAt,uint64 firstTokenAt,uint64 finishedAt,uint32 waitedMs,uint96 promptLine,uint96 cachedLine,uint96 completionLine,uint96 reasoningLine,uint64 multiplier,uint96 perRequest,uint96 refund,uint96 total,uint96 vouched,bytes32 tariffHash,bytes32 previous)`.
+bytes32 constant WORK_RECEIPT_TYPEHASH = 0xaf21b11a50de5dda0004d43c605a39fa345b820867ad21671be7bd7ac3da59dd;
 /// @dev keccak256 of `ReceiptAck(bytes32 receipt)`.
 bytes32 constant RECEIPT_ACK_TYPEHASH = 0xa8842467d950384da9aad441116f655b2278e69d0917c590ce11697425810093;
 /// @dev keccak256 of `Voucher(address provider,uint96 cumulative)`.

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 from dataclasses import dataclass, field
 from typing import Final
 
+from msgspec import structs
+
 from incentives.ledger import AckSigned, JobClosed, JobOpened, Role
 from node.client.accounts import Accounts
+from node.client.prefixes import Prefixes
 from node.crashpoints import crash_point, declare
 from node.jobstream import JobStream
 from node.ports import (
@@ -24,6 +28,7 @@ from node.ports import (
     JobPaid,
     JobSpec,
     JobTokens,
+    JobVectors,
     ModelCard,
     Store,
     Stream,
@@ -31,6 +36,7 @@ from node.ports import (
     TransportError,
 )
 from node.whole import whole
+from protocol.cache import block_heads
 from protocol.eip712 import digest
 from protocol.errors import ReceiptMismatch, Refused, RemoteProtocolError, UnexpectedFrame
 from protocol.frames import (
@@ -47,19 +53,23 @@ from protocol.frames import (
     Refuse,
     Request,
     Tokens,
+    Vectors,
     VoucherFrame,
     chunked,
     decode_batch,
+    decode_vector,
 )
 from protocol.messages import Accept, JobRequest, ReceiptAck, WorkReceipt
+from protocol.metering import opens_reasoning
 from protocol.offers import CheckedOffer
+from protocol.options import JobOptions, encode_options, options_hash
 from protocol.packing import pack, unpack
 from protocol.sampling import derive_seed
 from protocol.sealing import BoxKey, Sealed
 from protocol.session import Side, State
 from protocol.signing import verify
-from protocol.transcript import prompt_hash, stop_hash, unpack_fp16
-from protocol.units import INCREMENT_TOKENS, ZERO_DIGEST, Address, Digest, FinishReason, JobId, Wei
+from protocol.transcript import Leaf, prompt_hash, unpack_fp16
+from protocol.units import BPS, INCREMENT_TOKENS, ZERO_DIGEST, Address, Digest, FinishReason, JobId, JobKind, Wei
 from protocol.work import CLOCK_SLACK_MS, Work, check_receipt, most_up, nonce_commitment
 
 log = logging.getLogger("tally.client")
@@ -97,6 +107,7 @@ class Tools:
     clock: Clock
     entropy: Entropy
     stall_s: float
+    prefixes: Prefixes
     kept: set[Digest] = field(default_factory=set)
 
 
@@ -168,7 +179,9 @@ class Attempt:
         tools, accounts = self._tools, self._tools.accounts
         box = BoxKey.from_secret(tools.entropy.token(32))
         salt = tools.entropy.token(32)
-        request = self._make_request(prompt, max_tokens, parent, box, salt)
+        options = self._options(prompt, parent)
+        encoded = encode_options(options)
+        request = self._make_request(prompt, max_tokens, parent, box, salt, options_hash(encoded))
         job_id = JobId(digest(accounts.domain, request))
         signature = accounts.session.sign_digest(Digest(job_id))
         self._request = request
@@ -177,7 +190,8 @@ class Attempt:
             sealed = Sealed(box, self.offer.offer.box_key, we_are_client=True)
             plaintext = b"".join(token.to_bytes(4, "big") for token in prompt)
             chunks = [PromptChunk(sealed.seal(chunk)) for chunk in chunked(plaintext)]
-            head = Request(pack(request), signature, self.offer.offer.box_key, salt, self._spec.stop_ids, len(chunks))
+            cache_salt = self._cache_salt()
+            head = Request(pack(request), signature, self.offer.offer.box_key, salt, cache_salt, encoded, len(chunks))
             await self.talk.send(head, *chunks)
             accept, accept_signature = await self._accepted(job_id, request, parent)
         except BaseException:
@@ -185,16 +199,17 @@ class Attempt:
             raise
         self.seed = accept.seed
         self._sealed = sealed
+        heads = block_heads(cache_salt, prompt) if cache_salt else ()
         self._work = Work.start(
-            job_id, request, self.offer.tariff, self._card.profile, accept, seen_at=self._accepted_seen
+            job_id, request, options, self.offer.tariff, self._card.profile, accept, heads, self._accepted_seen
         )
-        opened = JobOpened(Role.CLIENT, job_id, request, signature, accept, accept_signature, self._spec.model)
+        opened = JobOpened(Role.CLIENT, job_id, request, signature, accept, accept_signature, self._spec.model, encoded)
         self._opening = asyncio.create_task(self._open(opened))
         return job_id
 
     async def _open(self, opened: JobOpened) -> None:
         """Journal the agreed job, while the provider reads the prompt. Raises: StoreError."""
-        await self._keep_tariff()
+        await self._keep_terms()
         await self._tools.store.write(opened)
 
     async def _opened(self) -> None:
@@ -202,8 +217,8 @@ class Attempt:
         if self._opening is not None:
             await asyncio.shield(self._opening)
 
-    async def _keep_tariff(self) -> None:
-        """The signed price sheet beside the receipts that name it, so that they verify without anybody's help."""
+    async def _keep_terms(self) -> None:
+        """Price sheet and profile beside the receipts that name them, so that they verify without anybody's help."""
         kept = self._tools.kept
         if self.offer.tariff_hash in kept:
             return
@@ -211,26 +226,55 @@ class Attempt:
         if await self._tools.store.get_value(key) is None:
             envelope = self.offer.envelope
             await self._tools.store.put_value(key, envelope.tariff + envelope.tariff_signature)
+        await self._tools.store.put_value(f"profile/{self._card.profile_id.hex()}", pack(self._card.profile))
         kept.add(self.offer.tariff_hash)
 
+    def _options(self, prompt: tuple[int, ...], parent: Parent | None) -> JobOptions:
+        """The caller's options, and what only this attempt knows of its prompt."""
+        written = len(prompt) - len(self._spec.prompt) if parent else 0
+        return structs.replace(
+            self._spec.options,
+            continued=written,
+            min_tokens=max(0, self._spec.options.min_tokens - written),
+            reasoning_open=opens_reasoning(self._card.profile, prompt),
+        )
+
+    def _cache_salt(self) -> bytes:
+        """Whose prefix cache this job shares: the caller's choice, none for private and embedding jobs, else ours."""
+        if self._spec.private or self._spec.kind is JobKind.EMBED:
+            return b""
+        secret = self._tools.accounts.session.secret
+        return self._spec.cache_salt or hashlib.sha256(b"tally/cache-salt/1" + secret + self.provider).digest()
+
     def _make_request(
-        self, prompt: tuple[int, ...], max_tokens: int, parent: Parent | None, box: BoxKey, salt: bytes
+        self,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        parent: Parent | None,
+        box: BoxKey,
+        salt: bytes,
+        options: Digest,
     ) -> JobRequest:
         spec, sampling = self._spec, self._spec.sampling
+        reserved = spec.reservation != ZERO_DIGEST
+        discount = self.offer.tariff.reserved_discount_bps
         return JobRequest(
             provider=self.provider,
             client=self._tools.accounts.session.address,
             profile_id=self._card.profile_id,
+            kind=spec.kind,
             prompt_hash=prompt_hash(salt, prompt),
             prompt_tokens=len(prompt),
             max_tokens=max_tokens,
             temperature_micro=sampling.temperature_micro,
             top_p_micro=sampling.top_p_micro,
             top_k=sampling.top_k,
-            stop_hash=stop_hash(spec.stop_ids, ()),
+            options_hash=options,
             tier=spec.tier,
             is_private=spec.private,
             tariff_hash=self.offer.tariff_hash,
+            base_bps=BPS - discount if reserved else self.offer.offer.base_bps,
+            reservation=spec.reservation,
             price_ceiling=self._ceiling,
             client_nonce=Digest(self._tools.entropy.token(32)),
             provider_commitment=self._commitment,
@@ -293,6 +337,8 @@ class Attempt:
         match frame:
             case Tokens():
                 return [self._on_tokens(frame.sealed)]
+            case Vectors():
+                return [self._on_vector(frame.sealed)]
             case Receipt():
                 return [await self._on_receipt(unpack(WorkReceipt, frame.receipt), frame.signature)]
             case End():
@@ -307,13 +353,26 @@ class Attempt:
         batch = decode_batch(self._sealed.unseal(sealed))
         if batch.start != self._work.completion_tokens:
             raise RemoteProtocolError(f"tokens from {batch.start} where {self._work.completion_tokens} should follow")
-        rows = tuple(
-            (token, batch.logprobs[2 * i : 2 * i + 2], batch.projections[16 * i : 16 * i + 16])
-            for i, token in enumerate(batch.token_ids)
-        )
-        self._work = self._work.take(rows, self.talk.received_at)
+        leaf = Leaf(batch.token_ids, batch.logprobs, batch.projections, batch.routing)
+        self._work = self._work.take(tuple(leaf.records()), self.talk.received_at)
         self.tokens.extend(batch.token_ids)
-        return JobTokens(tuple(batch.token_ids), unpack_fp16(batch.logprobs))
+        asked = self._spec.options.alternatives
+        if any(len(likeliest) > asked for likeliest in batch.alternatives):
+            raise RemoteProtocolError(f"more than the {asked} alternatives that were asked for")
+        alternatives = tuple(
+            tuple((token_id, unpack_fp16(logprob)[0]) for token_id, logprob in likeliest)
+            for likeliest in batch.alternatives
+        )
+        return JobTokens(tuple(batch.token_ids), unpack_fp16(batch.logprobs), alternatives)
+
+    def _on_vector(self, sealed: bytes) -> JobVectors:
+        assert self._work is not None and self._sealed is not None
+        batch = decode_vector(self._sealed.unseal(sealed))
+        wanted = self._spec.options.dimensions
+        if wanted and len(batch.vector) != 4 * wanted:
+            raise RemoteProtocolError(f"a vector of {len(batch.vector) // 4} dimensions where {wanted} were asked for")
+        self._work = self._work.take_vector(batch.index, batch.vector, self.talk.received_at)
+        return JobVectors((batch.vector,))
 
     async def _check(self, receipt: WorkReceipt, signature: bytes, *, final: bool) -> Digest:
         """Recompute, keep evidence of what does not. `final`: it came with END.
@@ -328,6 +387,7 @@ class Attempt:
             after, receipt_digest = check_receipt(
                 self._tools.accounts.domain, self._work, receipt, self.talk.received_at
             )
+            self._tools.prefixes.check(receipt, self.offer.tariff, self._work.heads)
             self._check_stop(receipt)
             self._check_reason(FinishReason(receipt.finish_reason))
             self._check_vouched(receipt)
@@ -343,7 +403,9 @@ class Attempt:
 
     def _check_stop(self, receipt: WorkReceipt) -> None:
         """STOP means the last token is EOS or one of the stop ids, and no earlier token was."""
-        stops = {*self._card.eos_ids, *self._spec.stop_ids}
+        if self._spec.kind is JobKind.EMBED:
+            return
+        stops = {*self._card.eos_ids, *self._spec.options.stop_ids}
         ended = bool(self.tokens) and self.tokens[-1] in stops
         if (receipt.finish_reason == FinishReason.STOP) and not ended:
             raise ReceiptMismatch("finish_reason", "stop", "no stop token")
@@ -402,6 +464,7 @@ class Attempt:
         crash_point(ACK_JOURNALED)
         self._closed = True
         self.final = receipt
+        self._tools.prefixes.remember(receipt)
         self._tools.accounts.release(self.provider, self.job_id)
         session = self._tools.accounts.session
         # The job is paid and closed whether the acknowledgement arrives or not: a later voucher covers it.

@@ -23,6 +23,7 @@ from incentives.selection import MAX_QUOTES, Candidate, Needs, rank, rule_out
 from node.client.accounts import Accounts
 from node.client.attempt import Attempt, Parent, Tools
 from node.client.cards import fetch_card
+from node.client.prefixes import Prefixes
 from node.ports import (
     Clock,
     Directory,
@@ -35,6 +36,7 @@ from node.ports import (
     JobSpec,
     JobStarted,
     JobTokens,
+    JobVectors,
     MarketEntry,
     ModelCard,
     NoProvider,
@@ -48,7 +50,7 @@ from protocol.errors import Overspend, Refused, RemoteProtocolError, TallyError
 from protocol.frames import JOB_PROTOCOL, RefusalCode
 from protocol.messages import WorkReceipt
 from protocol.offers import CheckedOffer
-from protocol.units import Address, Digest, FinishReason, JobId, Tier, Wei
+from protocol.units import Address, Digest, FinishReason, JobId, Tier, Verifiability, Wei
 
 log = logging.getLogger("tally.client")
 
@@ -74,7 +76,8 @@ class ClientSettings:
 
 @dataclass(slots=True)
 class _Progress:
-    """One stream over all its attempts. `delivered`: tokens the caller has; `acked`: those vouched for.
+    """One stream over all its attempts. `delivered`: tokens the caller has; `acked`: those vouched for. `vectors`:
+    embeddings the caller has.
 
     `tried`: providers not to be asked again; those of them that only refused are in `refused` too.
     """
@@ -83,6 +86,7 @@ class _Progress:
     deadline_ms: int
     delivered: list[int] = field(default_factory=list)
     acked: list[int] = field(default_factory=list)
+    vectors: int = 0
     parent: Parent | None = None
     attempts: list[Attempt] = field(default_factory=list)
     tried: set[Address] = field(default_factory=set)
@@ -121,7 +125,7 @@ class Router:
         self._directory = directory
         self._clock = clock
         self._entropy = entropy
-        self._tools = Tools(accounts, store, clock, entropy, settings.stall_s)
+        self._tools = Tools(accounts, store, clock, entropy, settings.stall_s, Prefixes())
         self._cards: dict[Digest, ModelCard] = {}
         self._penalties: dict[Address, tuple[int, float]] = {}  # failures, and when the last one was
         self._winding_down: set[asyncio.Task[None]] = set()
@@ -156,6 +160,9 @@ class Router:
                 checked.offer.max_output,
                 checked.region,
                 checked.offer.expires_at,
+                Digest(checked.offer.profile_id),
+                Verifiability(checked.offer.verifiability),
+                checked.offer.base_bps,
             )
             for checked in self._directory.offers()
         ]
@@ -240,7 +247,7 @@ class Router:
 
     async def _follow(self, progress: _Progress, attempt: Attempt) -> AsyncGenerator[JobEvent, None]:
         """Events of one attempt until its END is acknowledged, tokens already delivered left out."""
-        base = len(progress.acked)
+        base, vectors = len(progress.acked), 0
         while attempt.final is None:
             for event in await attempt.next_events():
                 if isinstance(event, JobTokens):
@@ -248,6 +255,11 @@ class Router:
                     fresh = self._undelivered(progress, event, at)
                     if fresh is not None:
                         yield fresh
+                elif isinstance(event, JobVectors):
+                    vectors += 1
+                    if vectors > progress.vectors:  # a provider that takes over begins again with the first
+                        progress.vectors = vectors
+                        yield event
                 elif isinstance(event, JobPaid):
                     yield JobPaid(progress.cost)
         await attempt.talk.__aexit__(None, None, None)
@@ -266,7 +278,8 @@ class Router:
             )
         fresh = event.token_ids[len(repeated) :]
         progress.delivered.extend(fresh)
-        return JobTokens(fresh, event.logprobs[len(repeated) :]) if fresh else None
+        at = len(repeated)
+        return JobTokens(fresh, event.logprobs[at:], event.alternatives[at:]) if fresh else None
 
     async def _begin(self, progress: _Progress, card: ModelCard, failure: TallyError | None) -> tuple[Attempt, JobId]:
         """Quotes from the best candidates, then the first that accepts.
@@ -325,7 +338,16 @@ class Router:
         ceiling = spec.price_ceiling if spec.price_ceiling is not None else self._settings.ceiling
         ceiling = Wei(max(0, ceiling - progress.cost))
         needs = Needs(
-            card.profile_id, len(progress.prompt), progress.max_tokens, Tier(spec.tier), spec.private, ceiling
+            card.profile_id,
+            len(progress.prompt),
+            progress.max_tokens,
+            Tier(spec.tier),
+            spec.private,
+            ceiling,
+            spec.kind,
+            spec.reservation,
+            spec.only,
+            max(spec.options.inputs, default=0),
         )
         offers = {
             Address(checked.offer.provider): checked

@@ -35,6 +35,7 @@ from node.ports import (
     NoProvider,
 )
 from protocol.errors import TallyError
+from protocol.options import JobOptions
 from protocol.units import FinishReason
 
 KEPT_CODECS: Final = 4
@@ -107,7 +108,7 @@ class Jobs:
             # More than fits is read as "as much as fits": many clients send their own fixed number.
             max_tokens=min(wanted, room),
             sampling=call.sampling,
-            stop_ids=stop_ids,
+            options=JobOptions(stop_ids=stop_ids),
             tier=int(call.tier),
         )
         return Prepared(call, card, codec, spec)
@@ -222,7 +223,7 @@ def _advance(progress: Progress, stream: TextStream, event: JobEvent) -> Piece |
     elif isinstance(event, JobDone):
         progress.done = event
         progress.cost = event.cost
-    else:
+    elif isinstance(event, JobTokens):
         progress.tokens += len(event.token_ids)
         return stream.push(event.token_ids, event.logprobs)
     return None
@@ -230,7 +231,7 @@ def _advance(progress: Progress, stream: TextStream, event: JobEvent) -> Piece |
 
 def _ends_itself(event: JobEvent, spec: JobSpec) -> bool:
     """Whether the provider stops here by itself, so that waiting brings the final receipt rather than more tokens."""
-    return not isinstance(event, JobTokens) or (bool(event.token_ids) and event.token_ids[-1] in spec.stop_ids)
+    return not isinstance(event, JobTokens) or (bool(event.token_ids) and event.token_ids[-1] in spec.options.stop_ids)
 
 
 async def _whole(reply: Reply, pieces: AsyncGenerator[Piece, None], progress: Progress) -> AsyncGenerator[Part, None]:

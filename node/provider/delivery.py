@@ -10,23 +10,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Final
 
 from incentives.ledger import AckReceived, JobClosed, ReceiptIssued, Role
 from node.crashpoints import crash_point, declare
 from node.jobstream import JobStream
-from node.ports import Clock, Store, StreamEnded, TokenStream
+from node.ports import Clock, EngineToken, Store, StreamEnded, TokenStream
 from node.provider.books import Books
 from node.whole import whole
 from protocol.eip712 import Domain, digest
 from protocol.errors import Overspend, RemoteProtocolError, UnexpectedFrame
-from protocol.frames import Ack, Cancel, End, Frame, Receipt, TokenBatch, Tokens, VoucherFrame, encode_batch
+from protocol.frames import (
+    Ack,
+    Cancel,
+    End,
+    Frame,
+    Receipt,
+    TokenBatch,
+    Tokens,
+    VectorBatch,
+    Vectors,
+    VoucherFrame,
+    encode_batch,
+    encode_vector,
+)
 from protocol.messages import ReceiptAck, Voucher, WorkReceipt
 from protocol.packing import pack, unpack
 from protocol.sealing import Sealed
 from protocol.signing import Signer, verify
+from protocol.transcript import Row
 from protocol.units import INCREMENT_TOKENS, Address, Digest, FinishReason, Wei
 from protocol.work import Work, most_up
 
@@ -72,8 +86,9 @@ class Delivery:
         self._sealed = sealed
         self._work = work
         self._client = Address(work.request.client)
-        self._rows: list[tuple[int, bytes, bytes]] = []
+        self._rows: list[EngineToken] = []
         self._enough = 1  # tokens in the buffer that are worth waking `_deliver` for
+        self._vectors: tuple[bytes, ...] = ()
         self._engine_finish = FinishReason.OPEN
         self._failure: Exception | None = None
         self._wake = asyncio.Event()
@@ -94,11 +109,20 @@ class Delivery:
 
     async def run(self, tokens: TokenStream) -> FinishReason:
         """Raises: RemoteProtocolError when the client broke the protocol, StoreError; the job is closed either way."""
-        pump = asyncio.create_task(self._pump(tokens))
+        return await self._run(self._pump(tokens), self._deliver)
+
+    async def run_vectors(self, vectors: Coroutine[None, None, tuple[bytes, ...]]) -> FinishReason:
+        """The same for an embedding job, whose output is there all at once. Raises: Refused as well."""
+        return await self._run(self._embed(vectors), self._deliver_vectors)
+
+    async def _run(
+        self, source: Coroutine[None, None, None], deliver: Callable[[], Awaitable[FinishReason]]
+    ) -> FinishReason:
+        pump = asyncio.create_task(source)
         reader = asyncio.create_task(self._read())
         finish, detail = FinishReason.ERROR, ""
         try:
-            finish = await self._deliver()
+            finish = await deliver()
             await self._end(finish)
         except StreamEnded as exc:
             self._client_failed = True
@@ -137,11 +161,18 @@ class Delivery:
                     self._space.clear()
                     await self._space.wait()
                 if not self._work.completion_tokens and not self._rows:
-                    self._work = replace(self._work, cached_tokens=token.cached_tokens)
-                self._rows.append((token.token_id, token.logprob, token.projection))
+                    self._work = self._work.hit(token.cached_tokens, kept=token.kept)
+                self._rows.append(token)
                 self._engine_finish = token.finish
                 if len(self._rows) >= self._enough or token.finish is not FinishReason.OPEN:
                     self._wake.set()
+        except Exception as exc:  # noqa: BLE001 - whatever the engine raises ends this job, and only this job
+            self._fail(exc)
+
+    async def _embed(self, vectors: Coroutine[None, None, tuple[bytes, ...]]) -> None:
+        try:
+            self._vectors = await vectors
+            self._wake.set()
         except Exception as exc:  # noqa: BLE001 - whatever the engine raises ends this job, and only this job
             self._fail(exc)
 
@@ -219,6 +250,18 @@ class Delivery:
             if self._work.room == 0:
                 await self._send_receipt()
 
+    async def _deliver_vectors(self) -> FinishReason:
+        """One frame a text. Raises: what ended the stream."""
+        await self._wait(self._until_deadline(), lambda: bool(self._vectors) or self._cancelled)
+        if self._cancelled:
+            return FinishReason.CANCELLED
+        if not self._vectors:
+            return FinishReason.DEADLINE
+        for index, vector in enumerate(self._vectors):
+            self._work = self._work.take_vector(index, vector, self._tools.clock.now_ms())
+            await self._talk.send(Vectors(self._sealed.seal(encode_vector(VectorBatch(index, vector)))))
+        return FinishReason.STOP
+
     async def _vouched(self) -> None:
         """Until no receipt is outstanding. A client that cancels still vouches for what it was receipted."""
         await self._wait(VOUCHER_TIMEOUT_S, lambda: self._unvouched is None)
@@ -267,13 +310,19 @@ class Delivery:
         return True
 
     async def _send_tokens(self) -> None:
-        rows = tuple(self._rows[: self._work.room])
-        del self._rows[: len(rows)]
+        tokens = self._rows[: self._work.room]
+        del self._rows[: len(tokens)]
         self._space.set()
         start = self._work.completion_tokens
+        rows = tuple(Row(t.token_id, t.logprob, t.projection, t.routing) for t in tokens)
         self._work = self._work.take(rows, self._tools.clock.now_ms())
         batch = TokenBatch(
-            start, tuple(row[0] for row in rows), b"".join(row[1] for row in rows), b"".join(row[2] for row in rows)
+            start,
+            tuple(row.token_id for row in rows),
+            b"".join(row.logprob for row in rows),
+            b"".join(row.projection for row in rows),
+            b"".join(row.routing for row in rows),
+            tuple(t.alternatives for t in tokens) if self._work.options.alternatives else (),
         )
         await self._talk.send(Tokens(self._sealed.seal(encode_batch(batch))))
 

@@ -13,14 +13,15 @@ from typing import Final
 
 from node.ports import Chain, ChainError, ChainUnavailable, Clock, Directory, Engine, Entropy, Store, Transport
 from node.provider.admission import Terms
-from protocol.eip712 import digest
+from protocol.base_price import TARGET_UTILISATION_BPS, base_epoch
+from protocol.eip712 import digest, hash_struct
 from protocol.messages import Offer, Tariff
 from protocol.offers import seal_offer, text_hash
 from protocol.packing import pack, packed_size, unpack
 from protocol.sealing import BoxKey
 from protocol.signing import Signer
 from protocol.tariff import check_tariff
-from protocol.units import BPS, Digest, Verifiability
+from protocol.units import BPS, Digest
 
 log = logging.getLogger("tally.provider.offering")
 
@@ -107,7 +108,10 @@ class Offering:
             self._engine.max_context,
             self._texts.max_output,
             self._engine.vocab_size,
+            self._engine.hidden_size,
+            self._engine.profile,
             {tariff_hash: tariff for tariff_hash, (tariff, _) in self._tariffs.items()},
+            frozenset({BPS}),
         )
 
     def terms_in_force(self) -> bool:
@@ -205,6 +209,8 @@ class Offering:
         tariff_hash = digest(self._chain.domain, tariff)
         signature = self._signer.sign(self._chain.domain, tariff)
         await self._store.put_value(f"tariff/{tariff_hash.hex()}", pack(tariff) + signature)
+        profile = self._engine.profile
+        await self._store.put_value(f"profile/{hash_struct(profile).hex()}", pack(profile))
         self._tariffs[tariff_hash] = (tariff, signature)
 
     async def renew(self) -> None:
@@ -232,7 +238,11 @@ class Offering:
             tariff_hash=tariff_hash,
             region_hash=text_hash(self._texts.region),
             retention_hours=self._texts.retention_hours,
-            verifiability=Verifiability.REPLAY,
+            verifiability=self._engine.verifiability,
+            base_epoch=base_epoch(now),
+            base_bps=BPS,
+            base_parent_bps=BPS,
+            base_utilisation_bps=TARGET_UTILISATION_BPS,
             expires_at=now + OFFER_LIFE_S,
         )
         envelope = seal_offer(

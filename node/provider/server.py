@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import Counter
 from typing import Final
 
 from incentives.ledger import JobOpened, Role
 from node.jobstream import JobStream
-from node.ports import Engine, EngineFull, Entropy, ModelCard, Stream, StreamEnded
-from node.provider.admission import Admitted, check_prompt, check_request, engine_request
+from node.ports import Engine, EngineFull, Entropy, ModelCard, Stream, StreamEnded, TokenStream, Urgency
+from node.provider.admission import Admitted, check_prompt, check_request, engine_request, urgency_of
 from node.provider.delivery import Delivery, Tools
 from node.provider.offering import Offering
 from node.whole import whole
 from protocol import frames
+from protocol.cache import block_heads
 from protocol.errors import Overspend, Refused, RemoteProtocolError, TallyError, UnexpectedFrame
 from protocol.frames import (
     Abort,
@@ -34,7 +36,7 @@ from protocol.messages import Accept
 from protocol.packing import pack
 from protocol.sealing import Sealed
 from protocol.session import Side, State
-from protocol.units import Address, Digest, FinishReason, Wei
+from protocol.units import Address, Digest, FinishReason, JobKind, Wei
 from protocol.work import Work, nonce_commitment
 
 log = logging.getLogger("tally.provider")
@@ -125,7 +127,7 @@ class JobServer:
     async def _quote(self, talk: JobStream) -> bytes:
         """Answer a QuoteAsk; returns the nonce the quote commits to. Raises: Refused, StreamEnded."""
         ask = await talk.expect(QuoteAsk, ASK_TIMEOUT_S)
-        terms, stats = self._offering.terms(), self._engine.stats()
+        terms = self._offering.terms()
         if self.draining:
             raise Refused(RefusalCode.DRAINING, "this provider is shutting down")
         if ask.profile_id != terms.profile_id:
@@ -136,8 +138,8 @@ class JobServer:
         if newest is None:
             raise Refused(RefusalCode.TARIFF, "no tariff of this provider is in force yet")
         nonce = self._entropy.token(32)
-        waiting = max(0, stats.active + stats.queued + 1 - stats.slots)
-        await talk.send(Quote(nonce_commitment(nonce), newest[0], waiting * 1000))
+        wait = self._engine.wait_ms(Urgency(ask.tier + 1), ask.prompt_tokens)
+        await talk.send(Quote(nonce_commitment(nonce), newest[0], wait))
         return nonce
 
     async def _serve(self, talk: JobStream, frame: Request, nonce: bytes) -> None:
@@ -192,13 +194,10 @@ class JobServer:
         self, talk: JobStream, frame: Request, admitted: Admitted, nonce: bytes, sealed: Sealed, prompt: tuple[int, ...]
     ) -> None:
         tools = self._tools
-        try:
-            tokens = self._engine.submit(engine_request(admitted, prompt, frame.stop_ids))
-        except EngineFull as exc:
-            raise Refused(RefusalCode.BUSY, str(exc)) from exc
-        except ValueError as exc:
-            raise Refused(RefusalCode.BAD_REQUEST, str(exc)) from exc
-        async with contextlib.aclosing(tokens):
+        async with contextlib.AsyncExitStack() as stack:
+            tokens: TokenStream | None = None
+            if admitted.request.kind != JobKind.EMBED:
+                tokens = await stack.enter_async_context(contextlib.aclosing(await self._submit(admitted, prompt)))
             accept = Accept(Digest(admitted.job_id), Digest(nonce), admitted.seed, tools.clock.now_ms())
             signature = tools.signer.sign(tools.domain, accept)
             opened = JobOpened(
@@ -209,17 +208,49 @@ class JobServer:
                 accept,
                 signature,
                 self._card.model,
+                frame.options,
             )
-            work = Work.start(admitted.job_id, admitted.request, admitted.tariff, self._card.profile, accept)
+            work = Work.start(
+                admitted.job_id,
+                admitted.request,
+                admitted.options,
+                admitted.tariff,
+                self._card.profile,
+                accept,
+                block_heads(admitted.cache_salt, prompt) if admitted.cache_salt else (),
+            )
             delivery = Delivery(tools, talk, sealed, work)
             await whole(tools.store.write(opened))
             try:
                 await talk.send(Accepted(pack(accept), signature))
-                finish = await delivery.run(tokens)
+                if tokens is None:
+                    finish = await delivery.run_vectors(self._embed(admitted, prompt))
+                else:
+                    finish = await delivery.run(tokens)
             finally:
                 await whole(delivery.close(FinishReason.CANCELLED, "the client was gone before it could be accepted"))
         self.tokens_served += delivery.work.completion_tokens
         self.jobs_served += finish is not FinishReason.ERROR
+
+    async def _submit(self, admitted: Admitted, prompt: tuple[int, ...]) -> TokenStream:
+        """Raises: Refused."""
+        try:
+            return await self._engine.submit(engine_request(admitted, prompt))
+        except EngineFull as exc:
+            raise Refused(RefusalCode.BUSY, str(exc)) from exc
+        except ValueError as exc:
+            raise Refused(RefusalCode.BAD_REQUEST, str(exc)) from exc
+
+    async def _embed(self, admitted: Admitted, prompt: tuple[int, ...]) -> tuple[bytes, ...]:
+        """Raises: Refused."""
+        ends = list(itertools.accumulate(admitted.options.inputs))
+        inputs = [prompt[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        try:
+            return await self._engine.embed(inputs, admitted.options.dimensions, urgency_of(admitted.request))
+        except EngineFull as exc:
+            raise Refused(RefusalCode.BUSY, str(exc)) from exc
+        except ValueError as exc:
+            raise Refused(RefusalCode.BAD_REQUEST, str(exc)) from exc
 
     async def handle_card(self, stream: Stream) -> None:
         """One stream of /tally/card/1: the tokenizer and template of the profile served here."""

@@ -173,6 +173,7 @@ def _job_opened(connection: Connection, record: JobOpened) -> None:
         "accept": documents.encode(record.accept),
         "accept_signature": record.accept_signature,
         "model": record.model,
+        "options": record.options,
     }
     known = _one(connection, _FIND_JOB, role=record.role.value, job_id=record.job_id)
     if known is not None:

@@ -106,6 +106,7 @@ def _job_row(row: Row[Any]) -> JobRow:
         accept=(accept := documents.decode(Accept, row.accept)),
         accept_signature=row.accept_signature,
         model=row.model,
+        options=row.options,
         steps=row.steps,
         owed=Wei(row.owed),
         closed=None if row.closed is None else FinishReason(row.closed),

@@ -99,6 +99,7 @@ class Job(Base, table=True):
     accept: bytes
     accept_signature: bytes
     model: str
+    options: bytes
     acked_step: int | None
     steps: int
     owed: int = Field(sa_type=WeiText)

@@ -8,31 +8,37 @@ from typing import Final
 
 from hypothesis import strategies as st
 
+from protocol.cache import BLOCK_TOKENS, block_heads, hit_limit
 from protocol.eip712 import Domain, digest
-from protocol.messages import Accept, JobRequest, Tariff, WorkReceipt
-from protocol.units import ZERO_DIGEST, Address, Digest, FinishReason, JobId, Tier, Wei
+from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
+from protocol.options import NO_OPTIONS, encode_options, options_hash
+from protocol.transcript import Row
+from protocol.units import ZERO_DIGEST, Address, Digest, FinishReason, JobId, JobKind, Tier, Wei
 from protocol.work import Work
-from tests.protocol.sheets import PROFILE, tariffs, tiers
+from tests.protocol.sheets import PROFILE, bases, tariffs
 
 DOMAIN: Final = Domain(31337, Address(b"\x11" * 20))
 START: Final = 1_750_000_000_000
 DEADLINE: Final = START + 10_000_000
-Row = tuple[int, bytes, bytes]
+SALT: Final = b"\x24" * 32
 
 REQUEST: Final = JobRequest(
     provider=Address(b"\x21" * 20),
     client=Address(b"\x22" * 20),
     profile_id=ZERO_DIGEST,
+    kind=JobKind.GENERATE,
     prompt_hash=ZERO_DIGEST,
     prompt_tokens=100,
     max_tokens=100,
     temperature_micro=1_000_000,
     top_p_micro=1_000_000,
     top_k=0,
-    stop_hash=ZERO_DIGEST,
+    options_hash=options_hash(encode_options(NO_OPTIONS)),
     tier=Tier.STANDARD,
     is_private=False,
     tariff_hash=Digest(b"\x23" * 32),
+    base_bps=10_000,
+    reservation=ZERO_DIGEST,
     price_ceiling=(1 << 96) - 1,
     client_nonce=ZERO_DIGEST,
     provider_commitment=ZERO_DIGEST,
@@ -58,12 +64,15 @@ class Job:
     lag_ms: int
     vouched: Wei
     wait_ms: int = 0
+    kept: bool = False
+    profile: Profile = PROFILE
 
     def begin(self, seen_at: int = 0) -> Work:
         """Either side's account at acceptance; `seen_at` of a client."""
         job_id = JobId(digest(DOMAIN, self.request))
         accept = Accept(Digest(job_id), ZERO_DIGEST, ZERO_DIGEST, START)
-        return Work.start(job_id, self.request, self.tariff, PROFILE, accept, seen_at)
+        heads = block_heads(SALT, range(self.request.prompt_tokens))
+        return Work.start(job_id, self.request, NO_OPTIONS, self.tariff, self.profile, accept, heads, seen_at)
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def play(job: Job) -> Iterator[Stage]:
         now += pause
         while rows and provider.room:
             if not provider.completion_tokens:
-                provider = replace(provider, cached_tokens=job.cached)
+                provider = provider.hit(job.cached, kept=job.kept)
             part, rows = rows[: provider.room], rows[provider.room :]
             provider, client = provider.take(part, now), client.take(part, now + job.lag_ms)
             if len(provider.pending) == 32 and provider.completion_tokens < job.request.max_tokens:
@@ -102,7 +111,9 @@ def play(job: Job) -> Iterator[Stage]:
     yield Stage(client, receipt, provider.sealed(digest(DOMAIN, receipt)), now + job.lag_ms)
 
 
-rows = st.tuples(st.integers(0, (1 << 32) - 1), st.binary(min_size=2, max_size=2), st.binary(min_size=16, max_size=16))
+rows = st.builds(
+    Row, st.integers(0, (1 << 32) - 1), st.binary(min_size=2, max_size=2), st.binary(min_size=16, max_size=16)
+)
 NOT_CHOSEN: Final = (FinishReason.OPEN, FinishReason.LENGTH, FinishReason.ERROR)
 """Reasons a provider does not choose to end by: still running, follows from the count, and nobody pays for it."""
 
@@ -113,27 +124,33 @@ endings = st.sampled_from([reason for reason in FinishReason if reason not in NO
 def jobs(draw: st.DrawFn, sheets: st.SearchStrategy[Tariff] | None = None) -> Job:
     """Jobs of up to 100 output tokens in frames of any size, over any admitted tariff."""
     prompt = draw(st.integers(1, 5_000))
+    tariff = draw(tariffs() if sheets is None else sheets)
+    basis = draw(bases(tariff).filter(lambda basis: basis.kind is not JobKind.EMBED))
     request = replace(
         REQUEST,
+        kind=basis.kind,
         prompt_tokens=prompt,
         max_tokens=draw(st.integers(1, 100)),
-        tier=draw(tiers),
-        is_private=draw(st.booleans()),
+        tier=basis.tier,
+        is_private=basis.private,
+        base_bps=basis.base_bps,
+        reservation=basis.reservation,
         client_nonce=Digest(draw(st.binary(min_size=32, max_size=32))),
     )
     token = draw(rows)
     frames = []
     for size, pause in draw(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 3_000)), max_size=5)):
-        frames.append((tuple(((token[0] + i) % 2**32, token[1], token[2]) for i in range(size)), pause))
+        frames.append((tuple(token._replace(token_id=(token.token_id + i) % 2**32) for i in range(size)), pause))
     return Job(
         request=request,
-        tariff=draw(tariffs() if sheets is None else sheets),
-        cached=draw(st.integers(0, prompt)),
+        tariff=tariff,
+        cached=draw(st.integers(0, hit_limit(prompt) // BLOCK_TOKENS)) * BLOCK_TOKENS,
         frames=tuple(frames),
         finish=draw(endings),
         lag_ms=draw(st.integers(0, 2_000)),
         vouched=Wei(draw(st.integers(0, 1 << 95))),
         wait_ms=draw(st.integers(0, 5_000)),
+        kept=draw(st.booleans()),
     )
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from protocol.messages import Profile, Tariff
 from protocol.metering import Usage
-from protocol.tariff import MAX_MULTIPLIER_BPS, MAX_PRICE, Timing
-from protocol.units import BPS, MAX_PROMPT_TOKENS, ZERO_ADDRESS, ZERO_DIGEST, Tier
+from protocol.tariff import MAX_MULTIPLIER_BPS, MAX_PRICE, Basis, Timing
+from protocol.units import BPS, MAX_PROMPT_TOKENS, ZERO_ADDRESS, ZERO_DIGEST, Digest, JobKind, Tier
 
 ON_SLOW_CPU: Final = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 """For properties whose examples may take long on a busy machine: no time limit per example, fewer examples."""
@@ -39,7 +39,11 @@ SHEET: Final = Tariff(
     long_context_threshold=32_000,
     long_context_bps=15_000,
     privacy_bps=12_000,
-    reserved_discount_bps=0,
+    reserved_discount_bps=2_000,
+    embedding_price=200,
+    cache_ttl_s=300,
+    base_min_bps=10_000,
+    base_max_bps=20_000,
     valid_from=1_700_000_000,
     valid_until=1_800_000_000,
 )
@@ -68,8 +72,14 @@ PROFILE: Final = Profile(
     heads=32,
     head_dim=128,
     window=0,
+    moe_layers=0,
+    experts=0,
+    experts_chosen=0,
+    reasoning_start=0,
+    reasoning_end=0,
 )
 
+BASIS: Final = Basis()
 tiers = st.sampled_from(Tier)
 prices = st.one_of(st.integers(0, 10**6), st.integers(0, MAX_PRICE), st.just(MAX_PRICE))
 shares = st.integers(0, BPS)
@@ -87,7 +97,10 @@ def tariffs(draw: st.DrawFn, least_bps: int = 0) -> Tariff:
     """Any tariff that `check_tariff` admits. `least_bps`: smallest long-context and privacy multiplier."""
     context = max(least_bps, draw(multipliers()))
     privacy = max(least_bps, draw(multipliers(MAX_MULTIPLIER_BPS * BPS // max(BPS, context))))
-    tier_bps = multipliers(MAX_MULTIPLIER_BPS * BPS * BPS // (max(BPS, context) * max(BPS, privacy)))
+    most = MAX_MULTIPLIER_BPS * BPS**2 // (max(BPS, context) * max(BPS, privacy))
+    base_max = draw(multipliers(min(MAX_MULTIPLIER_BPS, most)))
+    # at least 1: a tier at zero is not offered
+    tier_bps = multipliers(most * BPS // max(BPS, base_max)).map(lambda bps: max(1, bps))
     prompt_price = draw(prices)
     valid_from = draw(st.integers(0, 2**40))
     names = [f"{tier}_{term}" for tier in ("flex", "standard", "priority") for term in ("ttft_ms", "tpot_ms")]
@@ -111,9 +124,23 @@ def tariffs(draw: st.DrawFn, least_bps: int = 0) -> Tariff:
         long_context_bps=context,
         privacy_bps=privacy,
         reserved_discount_bps=draw(shares),
+        embedding_price=draw(prices),
+        cache_ttl_s=draw(st.integers(0, 86_400)),
+        base_min_bps=draw(st.integers(0, base_max)),
+        base_max_bps=base_max,
         valid_from=valid_from,
         valid_until=valid_from + draw(st.integers(1, 2**32)),
     )
+
+
+@st.composite
+def bases(draw: st.DrawFn, tariff: Tariff) -> Basis:
+    """Any basis that jobs are sold on under the tariff."""
+    kind = draw(st.sampled_from(JobKind))
+    tier = Tier.FLEX if kind is JobKind.BATCH else draw(tiers)
+    if draw(st.booleans()):
+        return Basis(kind, tier, draw(st.booleans()), BPS - tariff.reserved_discount_bps, Digest(b"\x77" * 32))
+    return Basis(kind, tier, draw(st.booleans()), draw(st.integers(tariff.base_min_bps, tariff.base_max_bps)))
 
 
 @st.composite

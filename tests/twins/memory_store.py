@@ -306,6 +306,7 @@ class MemoryStore:
             accept=opened.accept,
             accept_signature=opened.accept_signature,
             model=opened.model,
+            options=opened.options,
             steps=job.steps,
             owed=Wei(job.owed),
             closed=closed.reason if closed else None,
