@@ -1,0 +1,127 @@
+"""Text and token ids of one tokenizer, exactly or not at all: for servers that take or give text only. No IO.
+
+A prompt is put into text only if that text encodes to the very same ids, so that the server reads what was paid for,
+and nobody's text turns into a control token on the way. Text that comes back becomes the one token that spells it, or
+what the tokenizer makes of it, and always decodes to the very same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from tokenizers import Tokenizer
+
+from node.upstream.http import UpstreamError
+
+CONTEXT_IDS: Final = 4
+"""How many earlier tokens a new one is decoded behind, since tokenizers treat the first of a text otherwise."""
+
+REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+
+
+class Texts:
+    """One tokenizer.json. Raises: ValueError when it is none."""
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        self._tokenizer = _load(tokenizer_json)
+        self._plain = _load(tokenizer_json)
+        self._plain.encode_special_tokens = True  # as the text they are
+        self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._special = frozenset(
+            number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        self._anchor = self._anchor_ids()
+        self._spelled = self._spellings()
+
+    def said(self, token_ids: Sequence[int]) -> str:
+        """The text that encodes to exactly these ids, control tokens by their names.
+
+        Raises: ValueError when there is none: a server that takes only text would read another prompt.
+        """
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        if tuple(self._tokenizer.encode(text, add_special_tokens=False).ids) != tuple(token_ids):
+            raise ValueError(
+                "this prompt cannot be put into text exactly, and the server behind this provider takes only text: "
+                "write the names of control tokens otherwise, or choose a provider that computes itself"
+            )
+        return text
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of text as the tokenizer reads it, control tokens by their names."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def named(self, text: str) -> int | None:
+        """The one token that spells `text`, where it is known which."""
+        return self._spelled.get(text)
+
+    def encode_plain(self, text: str) -> tuple[int, ...]:
+        """Ids of text in which nothing is a control token."""
+        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def behind(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that `ids` add behind `before`, or behind a letter when there is none."""
+        decode = self._tokenizer.decode
+        before = before or self._anchor
+        head = decode(list(before), skip_special_tokens=False)
+        return decode([*before, *ids], skip_special_tokens=False)[len(head) :]
+
+    def reader(self) -> Reader:
+        """For the pieces of one answer."""
+        return Reader(self)
+
+    def _anchor_ids(self) -> list[int]:
+        """A letter's token, to decode others behind: a first token may lose its blank."""
+        for letter in ("a", "0", "."):
+            ids = self._tokenizer.encode(letter, add_special_tokens=False).ids
+            if len(ids) == 1:
+                return [int(ids[0])]
+        return []
+
+    def _spellings(self) -> dict[str, int]:
+        """Text -> the one token that spells it. Of several the one the tokenizer would choose, else the lowest."""
+        ids = [number for number in range(self.size) if number not in self._special]
+        head = len(self._tokenizer.decode(self._anchor, skip_special_tokens=False))
+        texts = self._tokenizer.decode_batch([[*self._anchor, number] for number in ids], skip_special_tokens=False)
+        out: dict[str, int] = {}
+        twice: set[str] = set()
+        for number, text in zip(ids, (text[head:] for text in texts), strict=True):
+            if not text or REPLACEMENT in text:
+                continue
+            twice.update({text} & out.keys())
+            out.setdefault(text, number)
+        for text in twice:
+            chosen = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if len(chosen) == 1:
+                out[text] = int(chosen[0])
+        return out
+
+
+class Reader:
+    """Pieces of text into ids, in order; all ids so far always decode to all text so far."""
+
+    def __init__(self, texts: Texts) -> None:
+        self._texts = texts
+        self._last: tuple[int, ...] = ()
+
+    def push(self, piece: str) -> tuple[int, ...]:
+        """Ids of a piece. Raises: UpstreamError when no ids decode to it."""
+        if not piece:
+            return ()
+        one = self._texts.named(piece)
+        for ids in ((one,) if one is not None else (), self._texts.encode_plain(piece)):
+            if ids and self._texts.behind(self._last, ids) == piece:
+                self._last = (*self._last, *ids)[-CONTEXT_IDS:]
+                return ids
+        raise UpstreamError("the upstream server wrote text that its tokenizer here cannot express exactly")
+
+
+def _load(tokenizer_json: bytes) -> Tokenizer:
+    """Raises: ValueError."""
+    try:
+        made = Tokenizer.from_str(tokenizer_json.decode())
+    except Exception as exc:  # tokenizers raises bare Exception for whatever its Rust side refuses
+        raise ValueError(f"the tokenizer cannot be used: {exc}") from exc
+    made.no_truncation()
+    made.no_padding()
+    return made
