@@ -43,7 +43,7 @@ def _hex(value: bytes) -> str:
 
 def encode(bundle: Bundle) -> str:
     """The bundle as JSON, ending in a newline."""
-    tariff = None if bundle.tariff is None else _signed(bundle.tariff, bundle.tariff_signature)
+    tariff = None if bundle.tariff is None else signed_json(bundle.tariff, bundle.tariff_signature)
     tree = {
         "format": FORMAT,
         "domain": {"chain_id": str(bundle.domain.chain_id), "escrow": _hex(bundle.domain.verifying_contract)},
@@ -51,22 +51,23 @@ def encode(bundle: Bundle) -> str:
         "profile": None if bundle.profile is None else document_json(bundle.profile),
         "tariff": tariff,
         "options": _hex(bundle.options),
-        "request": _signed(bundle.request, bundle.request_signature),
-        "accept": _signed(bundle.accept, bundle.accept_signature),
+        "request": signed_json(bundle.request, bundle.request_signature),
+        "accept": signed_json(bundle.accept, bundle.accept_signature),
         "receipts": [_notch(notch) for notch in bundle.notches],
     }
     return json.dumps(tree, indent=1) + "\n"
 
 
-def _signed(document: Any, signature: bytes) -> dict[str, Any]:
+def signed_json(document: Any, signature: bytes) -> dict[str, Any]:
+    """A document and its signature, as `Node.signed` reads them back."""
     return {"document": document_json(document), "signature": _hex(signature)}
 
 
 def _notch(notch: Notch) -> dict[str, Any]:
     return {
         "digest": _hex(notch.digest),
-        **_signed(notch.receipt, notch.receipt_signature),
-        "voucher": None if notch.voucher is None else _signed(notch.voucher, notch.voucher_signature),
+        **signed_json(notch.receipt, notch.receipt_signature),
+        "voucher": None if notch.voucher is None else signed_json(notch.voucher, notch.voucher_signature),
         "ack_signature": _hex(notch.ack_signature),
         "token_ids": list(notch.token_ids),
     }
@@ -86,12 +87,7 @@ def document_json(document: Any) -> dict[str, Any]:
 
 def decode(text: str) -> Bundle:
     """The inverse of `encode`; every field must be there, of its type, and nothing else. Raises: MalformedBundle."""
-    _refuse_depth(text)
-    try:
-        tree = json.loads(text)
-    except ValueError as exc:
-        raise MalformedBundle("", f"is no JSON ({exc})") from exc
-    node = _Node("", tree)
+    node = parse(text)
     names = ("format", "domain", "node_key", "profile", "tariff", "options", "request", "accept", "receipts")
     top = node.object(*names)
     if top["format"].value != FORMAT:
@@ -117,6 +113,15 @@ def decode(text: str) -> Bundle:
     )
 
 
+def parse(text: str) -> Node:
+    """The text's outermost value, for typed access. Raises: MalformedBundle when it is no JSON or too deep."""
+    _refuse_depth(text)
+    try:
+        return Node("", json.loads(text))
+    except ValueError as exc:
+        raise MalformedBundle("", f"is no JSON ({exc})") from exc
+
+
 def _refuse_depth(text: str) -> None:
     """Before the parser sees it: where the interpreter's recursion limit was raised, it would overrun the C stack.
 
@@ -130,7 +135,7 @@ def _refuse_depth(text: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Node:
+class Node:
     """A JSON value and its path, with typed access. All raise MalformedBundle."""
 
     path: str
@@ -139,18 +144,18 @@ class _Node:
     def fail(self, problem: str) -> MalformedBundle:
         return MalformedBundle(self.path, problem)
 
-    def object(self, *names: str) -> dict[str, _Node]:
+    def object(self, *names: str) -> dict[str, Node]:
         if not isinstance(self.value, dict):
             raise self.fail("must be an object")
         if set(self.value) != set(names):
             odd = sorted(set(self.value) ^ set(names))
             raise self.fail(f"must have exactly the fields {', '.join(names)}; see {', '.join(map(str, odd))}")
-        return {name: _Node(f"{self.path}.{name}".lstrip("."), self.value[name]) for name in names}
+        return {name: Node(f"{self.path}.{name}".lstrip("."), self.value[name]) for name in names}
 
-    def items(self) -> list[_Node]:
+    def items(self) -> list[Node]:
         if not isinstance(self.value, list):
             raise self.fail("must be a list")
-        return [_Node(f"{self.path}[{index}]", item) for index, item in enumerate(self.value)]
+        return [Node(f"{self.path}[{index}]", item) for index, item in enumerate(self.value)]
 
     def hexadecimal(self, *sizes: int) -> bytes:
         """Bytes of one of the given lengths, lower-case hexadecimal with 0x: one value, one spelling."""
