@@ -24,7 +24,7 @@ class DeployOptions:
     """Constructor arguments; the defaults suit a chain on one's own machine. All times in seconds, amounts in wei.
 
     `supply`: minted to the deployer. `minter`, `court`: zero for nobody. `unbond_delay` must be above the three
-    windows together, or the Registry refuses to be deployed.
+    windows together, or the Registry refuses to be deployed. `period_seconds`: what capacity is sold ahead by.
     """
 
     supply: int = 100_000_000 * WEI_PER_TALLY
@@ -34,13 +34,14 @@ class DeployOptions:
     min_stake: int = 100 * WEI_PER_TALLY
     unbond_delay: int = 1_200
     epoch_seconds: int = 60
+    period_seconds: int = 60
     audit_window: int = 300
     dispute_window: int = 300
     verdict_window: int = 300
 
 
 async def deploy(rpc_url: str, deployer: Signer, clock: Clock, options: DeployOptions | None = None) -> Deployment:
-    """Deploy token, escrow and registry, in that order, from `deployer`, who pays and holds the supply.
+    """Deploy token, escrow, registry and reservations, in that order, from `deployer`, who pays and holds the supply.
 
     Raises: ChainUnavailable, ChainError.
     """
@@ -53,7 +54,8 @@ async def deploy(rpc_url: str, deployer: Signer, clock: Clock, options: DeployOp
         registry = await _create(
             rpc, sender, "Registry", token, escrow, o.court, o.min_stake, o.unbond_delay, o.epoch_seconds, *windows
         )
-    return Deployment(chain_id, token, escrow, registry, block + 1)
+        reservations = await _create(rpc, sender, "Reservations", token, o.period_seconds)
+    return Deployment(chain_id, token, escrow, registry, reservations, block + 1)
 
 
 async def fund(

@@ -16,6 +16,7 @@ from node.chain.packing import is_packable
 from node.chain.rpc import Rpc, RpcLimits
 from node.chain.watcher import SlotWatcher
 from node.ports import (
+    CapacityTerms,
     ChainError,
     ChainHead,
     ChainUnavailable,
@@ -23,6 +24,8 @@ from node.ports import (
     Mined,
     PreparedSettlement,
     ProviderRecord,
+    ReservationOrder,
+    ReservationRecord,
     Settled,
     SlotHandler,
     TariffRecord,
@@ -135,6 +138,7 @@ class Web3Chain:
             ("TallyToken", deployment.token),
             ("Escrow", deployment.escrow),
             ("Registry", deployment.registry),
+            ("Reservations", deployment.reservations),
         ):
             shown = checksum(address)
             if not await self._rpc.read(lambda w3, shown=shown: w3.eth.get_code(shown)):  # type: ignore[misc]
@@ -181,6 +185,19 @@ class Web3Chain:
 
     async def epoch_seconds(self) -> int:
         return await self._parts.reader.epoch_seconds()
+
+    async def reservation(self, reservation_id: Digest) -> ReservationRecord | None:
+        reader = self._parts.reader
+        return await reader.reservation(reservation_id, (await reader.confirmed()).number)
+
+    async def reservations(self, account: Address) -> list[ReservationRecord]:
+        return await self._parts.reader.reservations(account)
+
+    async def capacity(self, provider: Address, profile_id: Digest) -> CapacityTerms | None:
+        return await self._parts.reader.capacity(provider, profile_id)
+
+    async def period_seconds(self) -> int:
+        return await self._parts.reader.period_seconds()
 
     # ---------------------------------------------------------------------------------------------------- writing
 
@@ -248,6 +265,43 @@ class Web3Chain:
             "collect", self._deployment.escrow, contracts.encode(contracts.escrow, "collect", provider)
         )
 
+    # ---------------------------------------------------------------------------------------------- reservations
+
+    async def offer_capacity(self, profile_id: Digest, terms: CapacityTerms) -> Mined:
+        numbers = (terms.capacity, terms.price, terms.min_periods, terms.max_periods)
+        return await self._on_reservations("offer", profile_id, *numbers)
+
+    async def buy_reservation(self, order: ReservationOrder) -> tuple[Digest, Mined]:
+        """See the port. Raises: NotEnoughTally, ContractReverted, OutOfCoin, ChainUnavailable (then it may still be
+        mined: list the reservations before trying again, or it is bought twice)."""
+        from node.chain.transactions import Call
+
+        contracts, to = self._parts.contracts, self._deployment.reservations
+        parties = (order.provider, order.profile_id)
+        numbers = (order.rate, order.first, order.periods)
+        data = contracts.encode(contracts.reservations, "buy", *parties, *numbers, order.session, order.max_cost)
+        async with self._allowance:
+            await self._need_tally("buy a reservation", order.max_cost)
+            await self._allow(to, order.max_cost)
+            with self._parts.named("buy a reservation"):
+                receipt = await self._sender("a purchase").send(Call("buy a reservation", to, data))
+        return contracts.bought_in(receipt["logs"]), _mined(receipt)
+
+    async def transfer_reservation(self, reservation_id: Digest, to: Address) -> Mined:
+        return await self._on_reservations("transfer", reservation_id, to)
+
+    async def assign_reservation(self, reservation_id: Digest, session: Address) -> Mined:
+        return await self._on_reservations("assign", reservation_id, session)
+
+    async def quit_reservation(self, reservation_id: Digest) -> Mined:
+        return await self._on_reservations("quit", reservation_id)
+
+    async def release_reservation(self, reservation_id: Digest) -> Mined:
+        return await self._on_reservations("release", reservation_id)
+
+    async def claim_reservation(self, provider: Address, reservation_ids: Sequence[Digest]) -> Mined:
+        return await self._on_reservations("claim", provider, list(reservation_ids))
+
     # ----------------------------------------------------------------------------------------------- settlements
 
     async def prepare_settlement(
@@ -313,6 +367,11 @@ class Web3Chain:
         contracts = self._parts.contracts
         data = contracts.encode(contracts.escrow, function, key.provider, key.client)
         return await self._do(function, self._deployment.escrow, data)
+
+    async def _on_reservations(self, function: str, *arguments: object) -> Mined:
+        contracts = self._parts.contracts
+        data = contracts.encode(contracts.reservations, function, *arguments)
+        return await self._do(f"{function} (reservations)", self._deployment.reservations, data)
 
     async def _do(self, action: str, to: Address, data: bytes) -> Mined:
         from node.chain.transactions import Call

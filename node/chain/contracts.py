@@ -14,9 +14,10 @@ from incentives.ledger import ChannelKey
 from node.chain.deployment import Deployment
 from node.chain.errors import ContractReverted
 from node.chain.rpc import CallReverted
+from node.ports import ChainError
 from protocol.eip712 import fields_of
 from protocol.messages import Tariff
-from protocol.units import Address, Wei
+from protocol.units import Address, Digest, Wei
 
 if TYPE_CHECKING:
     from web3 import AsyncWeb3
@@ -44,12 +45,15 @@ class Contracts:
         self.token = _bound(w3, "TallyToken", deployment.token)
         self.escrow = _bound(w3, "Escrow", deployment.escrow)
         self.registry = _bound(w3, "Registry", deployment.registry)
+        self.reservations = _bound(w3, "Reservations", deployment.reservations)
         self._codec = w3.codec
         self._topics = {
             _topic(entry): entry["name"]
             for entry in artifact("Escrow")["abi"]
             if entry["type"] == "event" and entry["name"] in CHANNEL_EVENTS
         }
+        events = (entry for entry in artifact("Reservations")["abi"] if entry["type"] == "event")
+        self._right_topics = {entry["name"]: _topic(entry) for entry in events}
 
     def encode(self, contract: AsyncContract, function: str, *arguments: Any) -> bytes:
         """Calldata. Addresses among the arguments are 20 bytes."""
@@ -74,6 +78,25 @@ class Contracts:
             "fromBlock": first,
             "toBlock": last,
         }
+
+    def right_filters(self, account: Address, first: int, last: int) -> tuple[dict[str, Any], ...]:
+        """The eth_getLogs queries for every right that became `account`'s, or was sold by it, in these blocks.
+
+        The id is the first topic of what they find.
+        """
+        party = "0x" + account.rjust(32, b"\0").hex()
+        received = ["0x" + self._right_topics["Transferred"].hex(), None, None, party]
+        sold = ["0x" + self._right_topics["Bought"].hex(), None, party]
+        place = {"address": checksum(self.deployment.reservations), "fromBlock": first, "toBlock": last}
+        return {**place, "topics": received}, {**place, "topics": sold}
+
+    def bought_in(self, logs: Sequence[Mapping[str, Any]]) -> Digest:
+        """Id of the right that a purchase's receipt tells of. Raises: ChainError when it tells of none."""
+        for log in logs:
+            ours = bytes.fromhex(log["address"].removeprefix("0x")) == self.deployment.reservations
+            if ours and bytes(log["topics"][0]) == self._right_topics["Bought"]:
+                return Digest(bytes(log["topics"][1]))
+        raise ChainError("the purchase was mined, and its receipt names no right: `tally reservation list` finds it")
 
     def touched(self, log: Mapping[str, Any]) -> set[ChannelKey]:
         """The channels whose slot an Escrow event changed."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from node.ports import ChainError
 from protocol.eip712 import Domain
 from protocol.units import Address
+
+_CONTRACTS: Final = ("token", "escrow", "registry", "reservations")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,7 @@ class Deployment:
     token: Address
     escrow: Address
     registry: Address
+    reservations: Address
     block: int
 
     @property
@@ -29,7 +33,7 @@ class Deployment:
     def save(self, path: Path) -> None:
         """Write the file, replacing it whole."""
         body = {"chain_id": self.chain_id, "block": self.block}
-        addresses = {name: "0x" + getattr(self, name).hex() for name in ("token", "escrow", "registry")}
+        addresses = {name: "0x" + getattr(self, name).hex() for name in _CONTRACTS}
         scratch = path.with_name(path.name + ".new")
         scratch.write_text(json.dumps(body | addresses, indent=1) + "\n", encoding="utf-8")
         scratch.replace(path)
@@ -39,8 +43,8 @@ class Deployment:
         """Raises: ChainError naming the file when it cannot be read or says something else."""
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
-            token, escrow, registry = (_address(body[name]) for name in ("token", "escrow", "registry"))
-            return cls(int(body["chain_id"]), token, escrow, registry, int(body["block"]))
+            addresses = {name: _address(body[name]) for name in _CONTRACTS}
+            return cls(chain_id=int(body["chain_id"]), block=int(body["block"]), **addresses)
         except OSError as exc:
             raise ChainError(f"deployment file {path} cannot be read: {exc.strerror}") from exc
         except (ValueError, KeyError, TypeError, AttributeError) as exc:

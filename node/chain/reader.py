@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import functools
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from incentives.ledger import ChannelKey, SlotSeen
 from node.chain.contracts import Contracts, checksum
 from node.chain.rpc import Rpc, RpcRefused
 from node.chain.transactions import Receipt, counts, find_receipt
-from node.ports import ChainHead, ProviderRecord, TariffRecord
+from node.ports import CapacityTerms, ChainHead, ProviderRecord, ReservationRecord, TariffRecord
 from protocol.units import ZERO_ADDRESS, Address, Digest, Wei
 
 _LOG_BLOCKS: Final = 5_000
@@ -80,21 +81,30 @@ class Reader:
     async def changes(self, provider: Address, first: int, last: int) -> dict[int, set[ChannelKey]]:
         """Per block in [first, last], the channels of `provider` whose slot changed in it."""
         out: dict[int, set[ChannelKey]] = {}
+        async for log in self._logs(lambda low, high: (self._contracts.slot_filter(provider, low, high),), first, last):
+            out.setdefault(int(log["blockNumber"]), set()).update(self._contracts.touched(log))
+        return out
+
+    async def _logs(
+        self, queries: Callable[[int, int], tuple[dict[str, Any], ...]], first: int, last: int
+    ) -> AsyncIterator[Any]:
+        """What `queries(low, high)` find in blocks [first, last], asked for in spans that the endpoint allows."""
         span = _LOG_BLOCKS
         while first <= last:
             upto = min(last, first + span - 1)
-            query: Any = self._contracts.slot_filter(provider, first, upto)
+            found: list[Any] = []
             try:
-                logs = await self._rpc.read(lambda w3, query=query: w3.eth.get_logs(query))  # type: ignore[misc]
+                for query in queries(first, upto):
+                    ask: Any = query
+                    found += await self._rpc.read(lambda w3, ask=ask: w3.eth.get_logs(ask))  # type: ignore[misc]
             except RpcRefused:
                 if span == 1:
                     raise
                 span = max(1, span // 2)
                 continue
-            for log in logs:
-                out.setdefault(int(log["blockNumber"]), set()).update(self._contracts.touched(log))
+            for log in found:
+                yield log
             first = upto + 1
-        return out
 
     async def receipt(self, transaction: Digest) -> Receipt | None:
         """The receipt of a transaction, once it is deep enough to count."""
@@ -148,6 +158,53 @@ class Reader:
     async def earned(self, provider: Address) -> Wei:
         pending, _ = await self._call(self._contracts.escrow.functions.earnedOf(checksum(provider)), "latest")
         return Wei(pending)
+
+    async def reservation(self, right: Digest, block: int) -> ReservationRecord | None:
+        """A right at a block, None when there is none."""
+        functions = self._contracts.reservations.functions
+        provider, rate, holder, start, end, notice, session, per_period, profile_id, claimed = await self._call(
+            functions.reservation(right), block
+        )
+        if _address(provider) == ZERO_ADDRESS:
+            return None
+        return ReservationRecord(
+            right,
+            _address(provider),
+            Digest(bytes(profile_id)),
+            _address(holder),
+            _address(session),
+            int(rate),
+            int(start),
+            int(end),
+            int(notice),
+            Wei(per_period),
+            Wei(claimed),
+        )
+
+    async def reservations(self, account: Address) -> list[ReservationRecord]:
+        """The rights that are `account`'s at the confirmed block, or were sold by it."""
+        last = (await self.confirmed()).number
+        filters = functools.partial(self._contracts.right_filters, account)
+        ids = {
+            Digest(bytes(log["topics"][1])) async for log in self._logs(filters, self._contracts.deployment.block, last)
+        }
+        limit = asyncio.Semaphore(_PARALLEL_SLOTS)
+
+        async def one(right: Digest) -> ReservationRecord | None:
+            async with limit:
+                return await self.reservation(right, last)
+
+        records = await asyncio.gather(*(one(right) for right in ids))
+        ours = [r for r in records if r is not None and account in (r.holder, r.provider)]
+        return sorted(ours, key=lambda record: (record.start, record.id))
+
+    async def capacity(self, provider: Address, profile_id: Digest) -> CapacityTerms | None:
+        call = self._contracts.reservations.functions.capacityOf(checksum(provider), profile_id)
+        capacity, price, least, most, _ = await self._call(call, "latest")
+        return CapacityTerms(int(capacity), Wei(price), int(least), int(most)) if least else None
+
+    async def period_seconds(self) -> int:
+        return int(await self._call(self._contracts.reservations.functions.periodSeconds(), "latest"))
 
     async def channel_owner(self, key: ChannelKey) -> Address:
         """Whose channel it is in the newest block; zero when nobody's."""

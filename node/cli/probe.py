@@ -263,6 +263,7 @@ def contracts(url: str, deployment: Deployment) -> Finding:
             ("token", deployment.token),
             ("escrow", deployment.escrow),
             ("registry", deployment.registry),
+            ("reservations", deployment.reservations),
         )
         if _rpc(url, "eth_getCode", f"0x{address.hex()}", "latest") in ("0x", None)
     ]
@@ -270,7 +271,7 @@ def contracts(url: str, deployment: Deployment) -> Finding:
         return fail(
             "contracts", f"no code at {', '.join(bare)}", "the chain was started afresh: take its deployment.json"
         )
-    return ok("contracts", "token, escrow and registry have code")
+    return ok("contracts", "token, escrow, registry and reservations have code")
 
 
 def clock(url: str) -> Finding:

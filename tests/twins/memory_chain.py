@@ -11,12 +11,15 @@ from incentives.ledger import ChannelKey, SlotSeen
 from node.chain.errors import NotEnoughTally, NoWallet, OutOfCoin, TransactionReplaced
 from node.chain.packing import is_packable
 from node.ports import (
+    CapacityTerms,
     ChainError,
     ChainHead,
     ChainUnavailable,
     Mined,
     PreparedSettlement,
     ProviderRecord,
+    ReservationOrder,
+    ReservationRecord,
     Settled,
     SlotHandler,
     TariffRecord,
@@ -25,6 +28,7 @@ from protocol.eip712 import Domain
 from protocol.messages import NodeKeyConsent, SessionConsent, Tariff
 from protocol.signing import Signer
 from protocol.units import ZERO_ADDRESS, Address, Digest, Wei
+from tests.twins import memory_capacity
 from tests.twins import memory_contracts as contracts
 from tests.twins.memory_ledger import GAS, GAS_PRICE, Block, MemoryLedgerChain, Outcome, Transaction
 
@@ -163,6 +167,53 @@ class MemoryChain:
     async def collect(self, provider: Address) -> Mined:
         self._signer("collecting")
         return await self._send("collect", lambda s: contracts.collect(s, provider))
+
+    # ---------------------------------------------------------------------------------------------- reservations
+
+    async def reservation(self, reservation_id: Digest) -> ReservationRecord | None:
+        return self._confirmed().state.rights.get(reservation_id)
+
+    async def reservations(self, account: Address) -> list[ReservationRecord]:
+        rights = self._confirmed().state.rights.values()
+        return sorted((r for r in rights if account in (r.holder, r.provider)), key=lambda r: (r.start, r.id))
+
+    async def capacity(self, provider: Address, profile_id: Digest) -> CapacityTerms | None:
+        return self._latest().state.capacities.get((provider, profile_id))
+
+    async def period_seconds(self) -> int:
+        self._check()
+        return memory_capacity.PERIOD_S
+
+    async def offer_capacity(self, profile_id: Digest, terms: CapacityTerms) -> Mined:
+        sender = self._signer("an offer of capacity").address
+        return await self._send("offer", lambda s: memory_capacity.offer(s, sender, profile_id, terms))
+
+    async def buy_reservation(self, order: ReservationOrder) -> tuple[Digest, Mined]:
+        sender = self._signer("a purchase").address
+        self._need_tally("buy a reservation", order.max_cost)
+        right = memory_capacity.next_id(self._latest().state, sender)
+        return right, await self._send("buy", lambda s: memory_capacity.buy(s, sender, order))
+
+    async def transfer_reservation(self, reservation_id: Digest, to: Address) -> Mined:
+        sender = self._signer("a transfer").address
+        return await self._send("transfer", lambda s: memory_capacity.transfer(s, sender, reservation_id, to))
+
+    async def assign_reservation(self, reservation_id: Digest, session: Address) -> Mined:
+        sender = self._signer("an assignment").address
+        return await self._send("assign", lambda s: memory_capacity.assign(s, sender, reservation_id, session))
+
+    async def quit_reservation(self, reservation_id: Digest) -> Mined:
+        sender = self._signer("quitting").address
+        return await self._send("quit", lambda s: memory_capacity.quit_right(s, sender, reservation_id))
+
+    async def release_reservation(self, reservation_id: Digest) -> Mined:
+        sender = self._signer("a release").address
+        return await self._send("release", lambda s: memory_capacity.release(s, sender, reservation_id))
+
+    async def claim_reservation(self, provider: Address, reservation_ids: Sequence[Digest]) -> Mined:
+        self._signer("a claim")
+        rights = tuple(reservation_ids)
+        return await self._send("claim", lambda s: memory_capacity.claim(s, provider, rights))
 
     # ----------------------------------------------------------------------------------------------- settlements
 

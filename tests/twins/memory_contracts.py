@@ -10,7 +10,7 @@ from typing import Final
 
 from incentives.ledger import ChannelKey
 from node.chain.errors import ContractReverted
-from node.ports import TariffRecord
+from node.ports import CapacityTerms, ReservationRecord, TariffRecord
 from protocol.eip712 import Domain, digest
 from protocol.messages import NodeKeyConsent, SessionConsent, Tariff, Voucher
 from protocol.signing import recover_digest
@@ -55,6 +55,10 @@ class State:
     stakes: dict[Address, int] = field(default_factory=dict)
     tariffs: dict[Digest, TariffRecord] = field(default_factory=dict)
     sequences: dict[tuple[Address, Digest], int] = field(default_factory=dict)
+    capacities: dict[tuple[Address, Digest], CapacityTerms] = field(default_factory=dict)
+    sold: dict[tuple[Address, Digest, int], int] = field(default_factory=dict)
+    rights: dict[Digest, ReservationRecord] = field(default_factory=dict)
+    purchases: dict[Address, int] = field(default_factory=dict)
 
     def copy(self, timestamp: int) -> State:
         """An independent state that starts out the same; the values are immutable."""
