@@ -63,6 +63,11 @@ class KvSlots:
         """Memory of slots and pool when all of it has been written."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self._slots, self._pool))
 
+    @property
+    def token_bytes(self) -> int:
+        """What one token takes in all layers."""
+        return self._slots[:, 0, :, :1].numel() * self._slots.element_size()
+
     def layer(self, index: int) -> torch.Tensor:
         """[slots, 2 * kv_heads, max_context, head_dim], a view."""
         return self._slots[index]
