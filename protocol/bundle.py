@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from itertools import accumulate, pairwise
 
+from protocol.cache import BLOCK_TOKENS, hit_limit
 from protocol.eip712 import Domain, digest, hash_struct
 from protocol.errors import TallyError
 from protocol.messages import Accept, JobRequest, Profile, ReceiptAck, Tariff, Voucher, WorkReceipt
@@ -230,9 +231,7 @@ def _counts(bundle: Bundle) -> str:
         Usage(receipt.prompt_tokens, receipt.cached_tokens, receipt.completion_tokens, receipt.reasoning_tokens)
         _need(basis_of(receipt) == basis_of(request), f"receipt {number} prices another kind, tier or base")
         _need(receipt.prompt_tokens == _prompt(bundle, receipt), f"receipt {number} counts another prompt")
-        _need(
-            receipt.cached_tokens == bundle.notches[0].receipt.cached_tokens, f"receipt {number} changes cached_tokens"
-        )
+        _check_cache(bundle, receipt)
         fresh = receipt.completion_tokens - before
         least = 0 if receipt.is_final else LEAF_TOKENS
         _need(least <= fresh <= LEAF_TOKENS, f"receipt {number} covers {fresh} new tokens")
@@ -241,9 +240,30 @@ def _counts(bundle: Bundle) -> str:
         _need((receipt.leaves_root != head) == produced, f"receipt {number}'s leaves root does not fit its new tokens")
         before, head = receipt.completion_tokens, Digest(receipt.leaves_root)
     last = bundle.notches[-1].receipt
-    by_length = last.finish_reason == FinishReason.LENGTH
+    by_length, stopped = (last.finish_reason == reason for reason in (FinishReason.LENGTH, FinishReason.STOP))
+    if _embeds(bundle):
+        done = last.prompt_tokens == sum(decode_options(bundle.options).inputs)
+        _need(not by_length and stopped == done, f"embedding ended by reason {last.finish_reason}, done: {done}")
     _need(not by_length or before == request.max_tokens, f"finish reason length after {before} of {request.max_tokens}")
     return f"{request.prompt_tokens} prompt tokens ({last.cached_tokens} cached), {before} completion tokens"
+
+
+def _check_cache(bundle: Bundle, receipt: WorkReceipt) -> None:
+    """A hit is whole blocks that the prompt can have, of a named prompt, and the same in every receipt."""
+    # SPEC 5.7: Cached tokens are whole blocks of 32, at least one token of the prompt is computed
+    first, number = bundle.notches[0].receipt, receipt.step
+    said = (receipt.cached_tokens, receipt.cache_head, receipt.prompt_head, receipt.is_kept)
+    before = (first.cached_tokens, first.cache_head, first.prompt_head, first.is_kept)
+    _need(said == before, f"receipt {number} states another cache hit or prompt than the first")
+    limit = 0 if _embeds(bundle) or receipt.prompt_head == ZERO_DIGEST else hit_limit(receipt.prompt_tokens)
+    _need(receipt.cached_tokens <= limit, f"receipt {number} counts {receipt.cached_tokens} cached, at most {limit}")
+    _need(receipt.cached_tokens % BLOCK_TOKENS == 0, f"receipt {number} counts a part of a block as cached")
+    hit = receipt.cache_head != ZERO_DIGEST
+    _need(hit == (receipt.cached_tokens > 0), f"receipt {number} counts cached tokens or names them, not both")
+    named = receipt.prompt_head != ZERO_DIGEST
+    _need(named or not receipt.is_kept, f"receipt {number} keeps a prompt that it does not name")
+    can = not _embeds(bundle) and receipt.prompt_tokens >= BLOCK_TOKENS
+    _need(can or not named, f"receipt {number} names a prompt that has no block to cache")
 
 
 def _embeds(bundle: Bundle) -> bool:
@@ -325,6 +345,9 @@ def _work(bundle: Bundle) -> str:
             operations = flops(profile, usage)
             counted, ours = receipt.reasoning_tokens, reasoning.tokens
             _need(not known or counted == ours, f"receipt {receipt.step} counts {counted} reasoning tokens, not {ours}")
+        routed = bool(profile.moe_layers and receipt.completion_tokens)
+        stated = receipt.routing_root != ZERO_DIGEST
+        _need(stated == routed, f"receipt {receipt.step}'s routing root does not fit the profile's routed layers")
         ste = ste_micro_up(operations)
         _need(receipt.ste_micro == ste, f"receipt {receipt.step} claims {receipt.ste_micro} micro-STE, not {ste}")
     return f"{bundle.notches[-1].receipt.ste_micro} micro-STE, recomputed from the profile's shape for every receipt"

@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 
 from protocol.bundle import Bundle, Outcome, passed, verify
 from protocol.bundle_json import MalformedBundle, decode, encode
-from protocol.units import Digest, FinishReason
-from tests.node.cli.sticks import NODE, SESSION, Recipe, make_bundle
+from protocol.eip712 import digest
+from protocol.messages import WorkReceipt
+from protocol.metering import Usage, flops, ste_micro_up
+from protocol.options import NO_OPTIONS, JobOptions, Syntax, encode_options
+from protocol.tariff import Cost, Timing, basis_of, cost_up
+from protocol.units import ZERO_DIGEST, Digest, FinishReason, JobKind
+from tests.node.cli.sticks import EMBEDDING, EXPERTS, NODE, PROFILE, SESSION, Recipe, make_bundle
 
 GOOD = make_bundle()
 TREE = json.loads(encode(GOOD))
@@ -56,9 +61,20 @@ def changed(value: Any, bit: int) -> Any:
         Recipe(),
         Recipe(completion_tokens=0, finish=FinishReason.CANCELLED),
         Recipe(completion_tokens=64, max_tokens=64, finish=FinishReason.LENGTH),
-        Recipe(completion_tokens=33, tier=2, private=True, cached_tokens=0),
+        Recipe(completion_tokens=33, tier=2, private=True, cached_tokens=0, salted=False, kept=False),
         Recipe(completion_tokens=10, tier=0, finish=FinishReason.DEADLINE),
-        Recipe(prompt_tokens=1001, completion_tokens=96, cached_tokens=1001),
+        Recipe(prompt_tokens=1001, completion_tokens=96, cached_tokens=992),
+        Recipe(prompt_tokens=64, cached_tokens=32, kept=False),
+        Recipe(prompt_tokens=31, cached_tokens=0),
+        Recipe(base_bps=12_345),
+        Recipe(reserved=True),
+        Recipe(kind=JobKind.BATCH, tier=0),
+        Recipe(options=JobOptions(syntax=Syntax.JSON_SCHEMA, grammar='{"type": "object"}', reasoning_open=True)),
+        Recipe(profile=EXPERTS),
+        Recipe(profile=replace(PROFILE, window=16, reasoning_start=0, reasoning_end=0)),
+        EMBEDDING,
+        replace(EMBEDDING, vectors=1, finish=FinishReason.CANCELLED),
+        replace(EMBEDDING, vectors=0, finish=FinishReason.DEADLINE),
     ],
 )
 def test_an_honest_job_passes_every_check(recipe: Recipe) -> None:
@@ -70,7 +86,7 @@ def test_an_honest_job_passes_every_check(recipe: Recipe) -> None:
 
 def test_json_gives_the_same_bundle_back() -> None:
     assert decode(encode(GOOD)) == GOOD
-    bare = replace(GOOD, tariff=None, tariff_signature=b"", notches=())
+    bare = replace(GOOD, tariff=None, tariff_signature=b"", profile=None, options=b"", notches=())
     assert decode(encode(bare)) == bare
 
 
@@ -102,16 +118,14 @@ def test_every_field_is_covered_once() -> None:
 
 def test_a_missing_half_is_skipped_and_not_passed_off_as_checked() -> None:
     halves = tuple(replace(n, receipt_signature=b"", voucher_signature=b"", ack_signature=b"") for n in GOOD.notches)
-    outcome = {check.name: check.outcome for check in verify(replace(GOOD, notches=halves, tariff=None))}
-    for name in ("receipt signatures", "vouchers", "acknowledgement", "tariff", "cost"):
+    outcome = {check.name: check.outcome for check in verify(replace(GOOD, notches=halves, tariff=None, profile=None))}
+    for name in ("receipt signatures", "vouchers", "acknowledgement", "tariff", "cost", "work"):
         assert outcome[name] is Outcome.SKIP
     assert outcome["step chain"] is Outcome.OK
 
 
 def resigned(bundle: Bundle, index: int, **changes: Any) -> Bundle:
     """With a receipt that a dishonest provider changed and signed again, the later ones left as they are."""
-    from protocol.eip712 import digest
-
     notch = bundle.notches[index]
     receipt = replace(notch.receipt, **changes)
     fresh = replace(
@@ -124,26 +138,140 @@ def resigned(bundle: Bundle, index: int, **changes: Any) -> Bundle:
     return replace(bundle, notches=(*bundle.notches[:index], fresh, *bundle.notches[index + 1 :]))
 
 
+FINAL = GOOD.notches[-1].receipt
+OTHER = Digest(b"\x5a" * 32)
+
+
 @pytest.mark.parametrize(
     ("changes", "check"),
     [
-        ({"total": GOOD.notches[-1].receipt.total + 1}, "cost"),
+        ({"total": FINAL.total + 1}, "cost"),
         ({"completion_tokens": 71}, "cost"),
         ({"refund": 1}, "cost"),
         ({"finish_reason": int(FinishReason.LENGTH)}, "counts"),
         ({"finish_reason": 99}, "step chain"),
         ({"is_final": False}, "step chain"),
-        ({"cached_tokens": 18}, "counts"),
+        ({"cached_tokens": 71}, "counts"),  # more than the prompt
+        ({"cached_tokens": 0}, "counts"),  # said otherwise before
+        ({"cache_head": ZERO_DIGEST}, "counts"),
+        ({"cache_head": OTHER}, "counts"),
+        ({"prompt_head": ZERO_DIGEST}, "counts"),
+        ({"prompt_head": OTHER}, "counts"),
+        ({"is_kept": False}, "counts"),
         ({"first_token_at": 1}, "times"),
         ({"leaves_root": GOOD.notches[-2].receipt.leaves_root}, "counts"),
+        ({"routing_root": OTHER}, "work"),  # a dense model has no experts to record
         ({"step": 4}, "step chain"),
         ({"previous": Digest(bytes(32))}, "step chain"),
+        ({"kind": int(JobKind.EMBED)}, "counts"),
+        ({"kind": int(JobKind.BATCH)}, "counts"),
+        ({"kind": 3}, "counts"),
+        ({"tier": 2}, "counts"),
+        ({"tier": 3}, "counts"),
+        ({"is_private": True}, "counts"),
+        ({"base_bps": 10_001}, "counts"),
+        ({"reservation": OTHER}, "counts"),
+        ({"reasoning_tokens": 10}, "work"),
+        ({"ste_micro": FINAL.ste_micro - 1}, "work"),
     ],
 )
 def test_a_lie_that_is_properly_signed_is_still_found(changes: dict[str, Any], check: str) -> None:
     found = failing(resigned(GOOD, -1 % len(GOOD.notches), **changes))
     assert check in found
     assert "receipt signatures" not in found
+
+
+@pytest.mark.parametrize("cached", [1, 31, 33, 64, 96])
+def test_a_hit_that_cannot_be_is_found_even_when_every_receipt_says_it(cached: int) -> None:
+    """Of 64 prompt tokens one block can be cached: whole blocks, and the last token is computed."""
+    bundle = make_bundle(Recipe(prompt_tokens=64, completion_tokens=3))
+    assert "counts" in failing(resigned(bundle, 0, cached_tokens=cached))
+
+
+@pytest.mark.parametrize("changes", [{"is_kept": True}, {"cached_tokens": 32, "cache_head": OTHER}])
+def test_what_names_no_prompt_can_promise_and_hit_nothing(changes: dict[str, Any]) -> None:
+    bundle = make_bundle(Recipe(completion_tokens=3, cached_tokens=0, salted=False, kept=False))
+    assert "counts" in failing(resigned(bundle, 0, **changes))
+
+
+def test_a_mixture_of_experts_states_its_routing() -> None:
+    bundle = make_bundle(Recipe(profile=EXPERTS))
+    assert failing(resigned(bundle, len(bundle.notches) - 1, routing_root=ZERO_DIGEST)) == ["work"]
+
+
+def repriced(receipt: WorkReceipt, tariff: Any, **changes: int) -> dict[str, int]:
+    """What a provider would state that lies about a count and prices its lie by the tariff."""
+    bent = replace(receipt, **changes)
+    usage = Usage(bent.prompt_tokens, bent.cached_tokens, bent.completion_tokens, bent.reasoning_tokens)
+    timing = Timing(bent.received_at, bent.first_token_at, bent.finished_at, bent.waited_ms)
+    cost = cost_up(tariff, usage, basis_of(bent), timing)
+    return {**changes, **{name: getattr(cost, name) for name in Cost.__dataclass_fields__}}
+
+
+@pytest.mark.parametrize("counted", [0, 10, 12, 70])
+def test_reasoning_that_the_tokens_do_not_show_is_found(counted: int) -> None:
+    """Reasoning costs more than other output here, and the price of the lie recomputes: only the ids tell."""
+    changes = repriced(FINAL, GOOD.tariff, reasoning_tokens=counted)
+    assert set(failing(resigned(GOOD, len(GOOD.notches) - 1, **changes))) - {"vouchers"} == {"work"}
+
+
+def test_work_miscounted_by_a_millionth_is_found() -> None:
+    assert failing(resigned(GOOD, 0, ste_micro=GOOD.notches[0].receipt.ste_micro + 1)) == ["step chain", "work"]
+    usage = Usage(FINAL.prompt_tokens, FINAL.cached_tokens, FINAL.completion_tokens, FINAL.reasoning_tokens)
+    assert ste_micro_up(flops(PROFILE, usage)) == FINAL.ste_micro
+
+
+def test_another_profile_proves_no_work() -> None:
+    assert failing(replace(GOOD, profile=EXPERTS)) == ["work"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        b"",
+        b"\xff",
+        encode_options(NO_OPTIONS),
+        encode_options(JobOptions(stop_ids=(2,), frequency_milli=501)),
+        GOOD.options + b"\0",
+    ],
+)
+def test_options_that_were_not_signed_are_found(options: bytes) -> None:
+    found = failing(replace(GOOD, options=options))
+    assert "options" in found and "request" not in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "check"),
+    [
+        ({"prompt_tokens": 56}, "counts"),
+        ({"prompt_tokens": 50}, "counts"),  # two texts are no reason to stop
+        ({"prompt_tokens": 70}, "counts"),
+        ({"cached_tokens": 32, "cache_head": OTHER}, "counts"),
+        ({"prompt_head": OTHER}, "counts"),
+        ({"prompt_head": OTHER, "is_kept": True}, "counts"),
+        ({"completion_tokens": 1}, "counts"),
+        ({"finish_reason": int(FinishReason.LENGTH)}, "counts"),
+        ({"finish_reason": int(FinishReason.CANCELLED)}, "counts"),  # after the last vector
+        ({"kind": int(JobKind.GENERATE)}, "counts"),
+        ({"ste_micro": 1}, "work"),
+        ({"first_token_at": 0}, "times"),
+    ],
+)
+def test_a_lie_about_an_embedding_job_is_found(changes: dict[str, Any], check: str) -> None:
+    bundle = make_bundle(EMBEDDING)
+    assert check in failing(resigned(bundle, 0, **changes))
+
+
+def test_an_embedding_job_pays_for_the_texts_delivered() -> None:
+    assert EMBEDDING.options.inputs == (20, 30, 7)
+    for vectors, read in enumerate((0, 20, 50, 57)):
+        finish = FinishReason.STOP if vectors == 3 else FinishReason.CANCELLED
+        bundle = make_bundle(replace(EMBEDDING, vectors=vectors, finish=finish))
+        (notch,) = bundle.notches
+        assert passed(verify(bundle)) and bundle.tariff is not None
+        assert notch.receipt.prompt_tokens == read
+        refund = notch.receipt.refund
+        assert notch.receipt.total == read * bundle.tariff.embedding_price + bundle.tariff.per_request - refund
 
 
 def test_a_voucher_below_its_receipt_does_not_cover_it() -> None:

@@ -74,7 +74,8 @@ def furnish(home: Path, role: Role, bundle: Bundle) -> None:
     for name, signer in (("wallet", WALLET), ("node", NODE), ("session", SESSION)):
         save(home / "keys", name, "correct horse", signer.secret, scrypt_n=1024)
     escrow = DOMAIN.verifying_contract
-    Deployment(DOMAIN.chain_id, Address(b"\x01" * 20), escrow, Address(b"\x02" * 20), 0).save(home / "deployment.json")
+    others = (Address(bytes([n]) * 20) for n in (2, 3))
+    Deployment(DOMAIN.chain_id, Address(b"\x01" * 20), escrow, *others, block=0).save(home / "deployment.json")
     asyncio.run(_fill(home, role, bundle))
 
 
@@ -84,6 +85,8 @@ async def _fill(home: Path, role: Role, bundle: Bundle) -> None:
     assert bundle.tariff is not None
     kept = pack(bundle.tariff) + bundle.tariff_signature
     await store.put_value(f"tariff/{bundle.request.tariff_hash.hex()}", kept)
+    assert bundle.profile is not None
+    await store.put_value(f"profile/{bundle.request.profile_id.hex()}", pack(bundle.profile))
     for record in _records(role, bundle):
         await store.write(record)
     await store.close()
@@ -91,11 +94,11 @@ async def _fill(home: Path, role: Role, bundle: Bundle) -> None:
 
 def _records(role: Role, bundle: Bundle) -> list[Record]:
     job_id = JobId(bundle.job_id)
-    request, accept = bundle.request, bundle.accept
+    request, accept, signed = bundle.request, bundle.accept, bundle.request_signature
     slot = SlotSeen(Key(request.provider, request.client), WALLET.address, Wei(WEI_PER_TALLY), Wei(0), 0, 1)
     out: list[Record] = [
         slot,
-        JobOpened(role, job_id, request, bundle.request_signature, accept, bundle.accept_signature, "tiny"),
+        JobOpened(role, job_id, request, signed, accept, bundle.accept_signature, "tiny", bundle.options),
     ]
     for notch in bundle.notches:
         assert notch.voucher is not None
