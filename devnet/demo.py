@@ -28,6 +28,7 @@ from node.ports import EngineRequest, JobRow, Sampling
 from node.store.store import SqlStore
 from node.system import SystemClock
 from protocol.errors import TallyError
+from protocol.options import decode_options
 from protocol.units import JobId
 
 JOBS: Final = 24
@@ -215,7 +216,8 @@ class Demo:
             request = job.request
             sampling = Sampling(request.temperature_micro, request.top_p_micro, request.top_k)
             prompt = codec.encode_text(OPENING)
-            tokens = engine.submit(EngineRequest(prompt, job.accept.seed, request.max_tokens, sampling))
+            options = decode_options(job.options)
+            tokens = await engine.submit(EngineRequest(prompt, job.accept.seed, request.max_tokens, sampling, options))
             text = codec.decode([token.token_id async for token in tokens])
         finally:
             await engine.stop()

@@ -12,7 +12,8 @@ here is secret: neither side can choose the seed, and that prevents steering. It
 Sources: C. Wellons, hash-prospector (lowbias32), https://github.com/skeeto/hash-prospector ; the Gumbel-max
 trick: Gumbel 1954, and Maddison, Tarlow, Minka, A* Sampling, 2014.
 
-Rule. score(i) = logit_i + T * g(p, i), whose argmax is that of logit_i / T + g. The next token is the argmax of score
+Rule. The logits are those after the job's options (options.py: penalties, then minus infinity for what may not be
+chosen). score(i) = logit_i + T * g(p, i), whose argmax is that of logit_i / T + g. The next token is the argmax of score
 over the nucleus, the lowest id on ties. The nucleus, with p the softmax of logits / T over the whole vocabulary:
   token i is in iff fewer than top_k tokens have a larger logit, and
   the tokens with a larger logit hold less than top_p of the mass (top_k 0, top_p 1: no cut).
@@ -33,7 +34,7 @@ from typing import Final
 from protocol.errors import FieldOutOfRange
 from protocol.units import Digest
 
-SAMPLER_VERSION: Final = "tally/sampler/gumbel-lowbias32/1"
+SAMPLER_VERSION: Final = "tally/sampler/gumbel-lowbias32/2"
 """Names this file's rule; its hash is part of the profile. Any change of a chosen token needs a new name."""
 
 MICRO: Final = 1_000_000

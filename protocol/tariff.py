@@ -141,6 +141,8 @@ def check_tariff(tariff: Tariff) -> None:
             raise FieldOutOfRange("Tariff", name, getattr(tariff, name))
     if tariff.cached_price > tariff.prompt_price:
         raise FieldOutOfRange("Tariff", "cached_price", tariff.cached_price)
+    if tariff.base_min_bps == 0:  # from which the rule could hardly rise, and everything would be free meanwhile
+        raise FieldOutOfRange("Tariff", "base_min_bps", 0)
     if not tariff.base_min_bps <= tariff.base_max_bps:
         raise FieldOutOfRange("Tariff", "base_max_bps", tariff.base_max_bps)
     largest = max(tariff.flex_bps, tariff.standard_bps, tariff.priority_bps)

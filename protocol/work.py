@@ -258,6 +258,8 @@ def _check_cache(work: Work, claimed: WorkReceipt) -> None:
         raise ReceiptMismatch("cached_tokens", claimed.cached_tokens, f"whole blocks, at most {limit}")
     if work.step and claimed.cached_tokens != work.cached_tokens:  # said once, lest a hit be priced as a miss later
         raise ReceiptMismatch("cached_tokens", claimed.cached_tokens, work.cached_tokens)
+    if work.step and claimed.is_kept != work.kept:
+        raise ReceiptMismatch("is_kept", claimed.is_kept, work.kept)
     if claimed.is_kept and prompt_head(work.heads) == ZERO_DIGEST:
         raise ReceiptMismatch("is_kept", True, False)
 

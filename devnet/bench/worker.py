@@ -65,7 +65,7 @@ async def bare_engine(model_dir: Path) -> AsyncIterator[One]:
     async def one(text: str, max_tokens: int) -> tuple[int, int, float]:
         ids = codec.encode_text(text)
         written, first, start = 0, 0.0, time.perf_counter()
-        async for _ in engine.submit(EngineRequest(ids, os.urandom(32), max_tokens, SAMPLING)):
+        async for _ in await engine.submit(EngineRequest(ids, os.urandom(32), max_tokens, SAMPLING)):
             first = first or time.perf_counter() - start
             written += 1
         return len(ids), written, first

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Final
 
-from sqlalchemy import CheckConstraint, Column, ForeignKey, Index, Integer, MetaData, String, Table, UniqueConstraint
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
@@ -99,7 +110,6 @@ class Job(Base, table=True):
     accept: bytes
     accept_signature: bytes
     model: str
-    options: bytes
     acked_step: int | None
     steps: int
     owed: int = Field(sa_type=WeiText)
@@ -107,6 +117,7 @@ class Job(Base, table=True):
     closed: int | None
     closed_owed: int | None = Field(sa_type=WeiText)
     detail: str
+    options: bytes = Field(sa_column=Column(LargeBinary, nullable=False, server_default=""))
 
 
 class Receipt(Base, table=True):

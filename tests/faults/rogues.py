@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from node.client.attempt import Attempt, Parent
+from node.client.attempt import Attempt
 from node.client.attempt import Tools as ClientTools
+from node.client.prefixes import Prefixes
 from node.ports import JobSpec, ModelCard, Stream
 from node.transport.memory import MemoryTransport
 from protocol import frames
@@ -17,7 +18,6 @@ from protocol.frames import JOB_PROTOCOL, Accepted, Frame, PromptChunk, Quote, Q
 from protocol.messages import Accept, JobRequest
 from protocol.packing import pack, unpack
 from protocol.sampling import derive_seed
-from protocol.sealing import BoxKey
 from protocol.units import WEI_PER_TALLY, JobId, Wei
 from protocol.work import nonce_commitment
 from tests.spine.lab import Buyer, Market, Seller, SystemEntropy, run, spec
@@ -30,10 +30,8 @@ class RogueAttempt(Attempt):
 
     changes: dict[str, Any]
 
-    def _make_request(
-        self, prompt: tuple[int, ...], max_tokens: int, parent: Parent | None, box: BoxKey, salt: bytes
-    ) -> JobRequest:
-        return replace(super()._make_request(prompt, max_tokens, parent, box, salt), **self.changes)
+    def _make_request(self, *args: Any) -> JobRequest:
+        return replace(super()._make_request(*args), **self.changes)
 
 
 async def rogue(market: Market, seller: Seller, buyer: Buyer, job: JobSpec, **changes: Any) -> RogueAttempt:
@@ -41,7 +39,7 @@ async def rogue(market: Market, seller: Seller, buyer: Buyer, job: JobSpec, **ch
     card: ModelCard = await buyer.router.card(job.model)
     (offer,) = [o for o in buyer.router._directory.offers() if o.offer.provider == seller.wallet.address]
     stream = await buyer.transport.open(seller.peer, JOB_PROTOCOL, 1.0)
-    tools = ClientTools(buyer.accounts, buyer.store, market.clock, SystemEntropy(), 5.0)
+    tools = ClientTools(buyer.accounts, buyer.store, market.clock, SystemEntropy(), 5.0, Prefixes())
     deadline = market.clock.now_ms() + int(job.deadline_s * 1000)
     attempt = RogueAttempt(tools, stream, offer, card, job, Wei(WEI_PER_TALLY), deadline)
     attempt.changes = changes

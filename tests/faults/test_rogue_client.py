@@ -33,6 +33,7 @@ from protocol.frames import (
     VoucherFrame,
 )
 from protocol.messages import ReceiptAck, Voucher, WorkReceipt
+from protocol.options import NO_OPTIONS, encode_options
 from protocol.packing import pack, unpack
 from protocol.units import INCREMENT_TOKENS, WEI_PER_TALLY, ZERO_DIGEST
 from tests.faults.rogues import RogueAttempt, accepted, leave, pair, rogue, still_serves
@@ -53,13 +54,20 @@ LIES: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 1 << 31}, RefusalCode.CONTEXT_LENGTH),
     ({"max_tokens": 2049}, RefusalCode.BAD_REQUEST),
     ({"tier": 7}, RefusalCode.BAD_REQUEST),
+    ({"kind": 9}, RefusalCode.BAD_REQUEST),
+    ({"kind": 1}, RefusalCode.BAD_REQUEST),
+    ({"kind": 1, "max_tokens": 0}, RefusalCode.BAD_REQUEST),
+    ({"kind": 2}, RefusalCode.BAD_REQUEST),
+    ({"base_bps": 9_999}, RefusalCode.BAD_REQUEST),
+    ({"base_bps": 0}, RefusalCode.BAD_REQUEST),
+    ({"reservation": b"r" * 32}, RefusalCode.BAD_REQUEST),
     ({"temperature_micro": 1 << 31}, RefusalCode.BAD_REQUEST),
     ({"top_p_micro": 0}, RefusalCode.BAD_REQUEST),
     ({"parent_job": b"j" * 32}, RefusalCode.BAD_REQUEST),
     ({"parent_seed": b"s" * 32}, RefusalCode.BAD_REQUEST),
     ({"prompt_hash": b"h" * 32}, RefusalCode.BAD_REQUEST),
     ({"prompt_tokens": 5}, RefusalCode.BAD_REQUEST),
-    ({"stop_hash": b"h" * 32}, RefusalCode.BAD_REQUEST),
+    ({"options_hash": b"h" * 32}, RefusalCode.BAD_REQUEST),
     ({"provider": b"x" * 20}, RefusalCode.BAD_REQUEST),
     ({"provider_commitment": b"c" * 32}, RefusalCode.BAD_REQUEST),
     ({"client_box_key": b"\0" * 32}, RefusalCode.BAD_REQUEST),
@@ -264,11 +272,13 @@ bytes_of_a_frame = st.one_of(
             for frame in (
                 QuoteAsk(b"c" * 20, ZERO_DIGEST, 1, 1, 1),
                 Quote(ZERO_DIGEST, ZERO_DIGEST, 0),
-                Request(b"r", b"s" * 65, ZERO_DIGEST, ZERO_DIGEST, (), 1),
+                Request(b"r", b"s" * 65, ZERO_DIGEST, ZERO_DIGEST, b"", encode_options(NO_OPTIONS), 1),
+                Request(b"r", b"s" * 65, ZERO_DIGEST, ZERO_DIGEST, b"x" * 31, b"o", 1),
                 PromptChunk(b"p"),
                 frames.Accepted(b"a", b"s" * 65),
                 Refuse("busy", ""),
                 frames.Tokens(b"t"),
+                frames.Vectors(b"v"),
                 Receipt(b"r", b"s" * 65),
                 VoucherFrame(0, b"v", b"s" * 65),
                 VoucherFrame(1, pack(Voucher(b"p" * 20, 7)), b"s" * 65),

@@ -151,6 +151,8 @@ def altered(receipt: WorkReceipt, name: str, amount: int) -> WorkReceipt:
         return replace(receipt, waited_ms=value + 60_000 + amount)
     if name in CLOCK:
         return replace(receipt, **{name: value + CLOCK_SLACK_MS * 2 + amount})
+    if name in ("kind", "tier"):
+        return replace(receipt, **{name: value + 1 + amount % 200})
     if name == "finish_reason":
         return replace(receipt, **{name: 1 + (value + amount) % 6})
     return replace(receipt, **{name: value + amount if amount % 2 or amount > value else value - amount})

@@ -77,6 +77,9 @@ def prices(provider: bytes, profile_id: bytes, **changes: int) -> Tariff:
         "long_context_threshold": 1 << 20,
         "long_context_bps": BPS,
         "privacy_bps": BPS,
+        "embedding_price": 10**10,
+        "base_min_bps": BPS,
+        "base_max_bps": BPS,
     }
     return Tariff(**(values | changes))  # type: ignore[arg-type]
 

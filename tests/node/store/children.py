@@ -75,7 +75,8 @@ async def starve(path: Path) -> None:
             number += 1
     except StoreError as exc:
         _say(1, f"refused {number} {exc}")
-    outcomes = await asyncio.gather(*[store.write(s.opened(n)) for n in (5000, 5001)], return_exceptions=True)
+    calls = [store.write(s.opened(n), s.issued(n, 1, 5)) for n in (5000, 5001)]  # more than what found no room
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
     _say(1, f"group {[type(outcome).__name__ for outcome in outcomes]}")
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     await store.write(s.opened(number), s.issued(number, 1, 5))

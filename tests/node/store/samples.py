@@ -73,6 +73,7 @@ def opened(job: int, role: Role = Role.PROVIDER, of: int = 0, **request: Any) ->
         accept=document(Accept, job_id=job_id(job), accepted_at=1_700_000_000_000 + job),
         accept_signature=signature(f"accept {job}"),
         model="tiny",
+        options=f"options {job}".encode(),
     )
 
 

@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("job", sa.Column("options", sa.LargeBinary(), nullable=False, server_default=sa.literal("")))
+    op.add_column("job", sa.Column("options", sa.LargeBinary(), nullable=False, server_default=""))
 
 
 def downgrade() -> None:
