@@ -460,6 +460,57 @@ class PreparedSettlement:
 
 
 @dataclass(frozen=True, slots=True)
+class CapacityTerms:
+    """What a provider sells ahead for a profile. `capacity`: micro-STE per second that may be sold at any instant.
+
+    `price`: wei per STE. `min_periods`, `max_periods`: of one purchase; a maximum of 0 sells nothing. The minimum is the
+    notice a holder may quit with as well.
+    """
+
+    capacity: int
+    price: Wei
+    min_periods: int
+    max_periods: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationOrder:
+    """A purchase. `rate`: micro-STE per second. `first`, `periods`: which periods. `session`: whose jobs may use it.
+
+    `max_cost`: wei that are paid at most, whatever the price became meanwhile.
+    """
+
+    provider: Address
+    profile_id: Digest
+    rate: int
+    first: int
+    periods: int
+    session: Address
+    max_cost: Wei
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationRecord:
+    """A right to capacity, as the chain has it. `rate`: micro-STE per second. `start`, `end`: Unix seconds, [from, to).
+
+    `session`: whose jobs may use it, zero for nobody's. `notice`: periods it goes on for when its holder quits.
+    `per_period`: wei it costs a period; `claimed`: wei that went to the provider so far, fee included.
+    """
+
+    id: Digest
+    provider: Address
+    profile_id: Digest
+    holder: Address
+    session: Address
+    rate: int
+    start: int
+    end: int
+    notice: int
+    per_period: Wei
+    claimed: Wei
+
+
+@dataclass(frozen=True, slots=True)
 class ChainHead:
     """The newest block seen. `age_s`: seconds since it was seen to change or confirmed to be newest."""
 
@@ -548,6 +599,50 @@ class Chain(Protocol):
 
     async def collect(self, provider: Address) -> Mined:
         """Send the provider wallet what it earned."""
+        ...
+
+    async def reservation(self, reservation_id: Digest) -> ReservationRecord | None:
+        """A right to capacity at the confirmed head, or None when there is none."""
+        ...
+
+    async def reservations(self, account: Address) -> list[ReservationRecord]:
+        """The rights that `account` holds or sold, ended ones included, at the confirmed head, by start and id."""
+        ...
+
+    async def capacity(self, provider: Address, profile_id: Digest) -> CapacityTerms | None:
+        """What a provider sells ahead, in the newest block; None when it never offered any."""
+        ...
+
+    async def period_seconds(self) -> int:
+        """Length of the periods that capacity is sold by; period p begins at Unix second p * length."""
+        ...
+
+    async def offer_capacity(self, profile_id: Digest, terms: CapacityTerms) -> Mined:
+        """State what this node's wallet sells ahead. Raises: ChainError, also when more is sold than `terms` allow."""
+        ...
+
+    async def buy_reservation(self, order: ReservationOrder) -> tuple[Digest, Mined]:
+        """Approve if needed and buy; the right's id. Raises: ChainError, also when it is sold out or costs more."""
+        ...
+
+    async def transfer_reservation(self, reservation_id: Digest, to: Address) -> Mined:
+        """Give a right away; no session key may use it until the new holder assigns one."""
+        ...
+
+    async def assign_reservation(self, reservation_id: Digest, session: Address) -> Mined:
+        """Let jobs of that session key use a right this wallet holds, instead of another's."""
+        ...
+
+    async def quit_reservation(self, reservation_id: Digest) -> Mined:
+        """As its holder, end a right after its notice and take the rest of its price back."""
+        ...
+
+    async def release_reservation(self, reservation_id: Digest) -> Mined:
+        """As its provider, end a right now; what is unearned goes back to its holder."""
+        ...
+
+    async def claim_reservation(self, provider: Address, reservation_ids: Sequence[Digest]) -> Mined:
+        """Send the provider what it earned with these rights by now."""
         ...
 
 
