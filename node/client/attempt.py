@@ -235,7 +235,6 @@ class Attempt:
         return structs.replace(
             self._spec.options,
             continued=written,
-            min_tokens=max(0, self._spec.options.min_tokens - written),
             reasoning_open=opens_reasoning(self._card.profile, prompt),
         )
 

@@ -123,8 +123,8 @@ def _check_sizes(terms: Terms, frame: Request, request: JobRequest, options: Job
         raise Refused(RefusalCode.CONTEXT_LENGTH, f"prompt and output together may have {terms.max_context} tokens")
     if request.max_tokens > terms.max_output:
         raise Refused(RefusalCode.BAD_REQUEST, f"at most {terms.max_output} output tokens are served")
-    if options.min_tokens > request.max_tokens:
-        reason = f"min_tokens {options.min_tokens} is above max_tokens {request.max_tokens}"
+    if options.min_tokens > options.continued + request.max_tokens:
+        reason = f"min_tokens {options.min_tokens} is above what max_tokens {request.max_tokens} allows"
         raise Refused(RefusalCode.BAD_REQUEST, reason)
     if options.continued >= request.prompt_tokens:
         raise Refused(RefusalCode.BAD_REQUEST, "a prompt cannot be all output of the job before it")
