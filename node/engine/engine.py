@@ -9,63 +9,57 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
+from node.engine.checks import check_inputs, check_request
 from node.engine.decoder import Decoder
-from node.engine.kv import kv_bytes_per_token
+from node.engine.generation import RESUME_AT, EngineError, Generation, embedding
+from node.engine.grammar import Grammars
+from node.engine.memory import KV_BUDGET_BYTES, plan_memory
+from node.engine.pace import Pace
 from node.engine.profile import profile_of, resolve_dtype, stored_parameters
 from node.engine.sampler import Sampler
-from node.engine.scheduler import RESUME_AT, Generation, Scheduler
-from node.engine.spec import ModelError, ModelSpec, load_spec, weight_files
+from node.engine.scheduler import Outcome, Scheduler, out_of_memory
+from node.engine.spec import ModelError, load_spec, weight_files
+from node.engine.waiting import queue_limit
 from node.engine.weights import load_weights
-from node.ports import EngineFull, EngineRequest, EngineStats, EngineToken
-from protocol.errors import FieldOutOfRange, LocalProtocolError, TallyError
+from node.ports import EngineFull, EngineRequest, EngineStats, EngineToken, Urgency
+from protocol.errors import LocalProtocolError
 from protocol.messages import Profile
-from protocol.sampling import check_sampling
-from protocol.units import FinishReason
-
-KV_BUDGET_BYTES: Final = 2 << 30
-"""Default memory for keys and values of all slots. Unit: bytes. The context is cut to what fits; doubling it doubles
-the context or slots a large model can be given, and the memory taken when all are full."""
+from protocol.options import Syntax
+from protocol.units import FinishReason, Verifiability
 
 SINGLE_THREAD_PARAMETERS: Final = 200_000_000
 """Below this size one CPU thread computes unless told otherwise. Unit: parameters. Kernels of small models take
 microseconds, less than threads need to meet; beside other work, two threads were measured a hundred times slower."""
 
-MIN_CONTEXT: Final = 256
-"""Shortest context worth serving when the budget decides. Unit: tokens."""
+EMBED_AT_ONCE: Final = 8
+"""Texts of one embedding job that are in the engine together. Unit: texts. Enough short ones to fill a step; doubling
+it doubles the slots one job can take from others of its class."""
+
+WARM_UP_TOKENS: Final = 32
+"""Length of the text that is read at start, so that the first request finds measured times and warm kernels. Unit:
+tokens. Doubling it doubles that part of the start, some seconds for a large model on a CPU."""
 
 _log = logging.getLogger(__name__)
 
 
-class EngineError(TallyError):
-    """The engine stopped or failed while a stream was open. What was received stays valid; the rest will not come."""
+class Consumer(Protocol):
+    """Whoever waits for what a stream gives. Called on the event loop."""
 
+    def _put(self, outcome: EngineToken | bytes) -> None: ...
 
-def context_that_fits(spec: ModelSpec, dtype: str, slots: int, max_context: int | None, kv_budget_bytes: int) -> int:
-    """Longest prompt plus output, in tokens, that the model was made for and the KV budget holds in every slot.
-
-    Raises: ModelError when what was asked for does not fit; says the numbers.
-    """
-    if max_context is not None and not 0 < max_context <= spec.max_positions:
-        raise ModelError(f"max_context {max_context} is not in 1..{spec.max_positions}, what the model was made for")
-    wanted = max_context or spec.max_positions
-    per_token = slots * kv_bytes_per_token(spec, dtype)
-    fits = kv_budget_bytes // per_token
-    needed = wanted if max_context is not None else min(wanted, MIN_CONTEXT)
-    if fits < needed:
-        raise ModelError(
-            f"{slots} slots of {needed} tokens need {needed * per_token} bytes of KV memory, "
-            f"the budget is {kv_budget_bytes}: lower slots or max_context, or raise kv_budget_bytes"
-        )
-    return min(wanted, fits)
+    def _end(self, error: EngineError | None) -> None:
+        """Nothing more will come; `error` None: it was cancelled and its slot is free."""
+        ...
 
 
 class TokenStream(AsyncIterator[EngineToken]):
@@ -109,10 +103,11 @@ class TokenStream(AsyncIterator[EngineToken]):
         if not self._closed and not self._freed.is_set():
             self._engine._cancel(self._stream)  # dropped without aclose: the slot must not stay taken
 
-    def _put(self, token: EngineToken) -> None:
+    def _put(self, outcome: EngineToken | bytes) -> None:
+        assert isinstance(outcome, EngineToken)
         if not self._closed:
-            self._ready.append(token)
-        if token.finish is not FinishReason.OPEN:
+            self._ready.append(outcome)
+        if outcome.finish is not FinishReason.OPEN:
             self._freed.set()
         self._arrived.set()
 
@@ -122,15 +117,36 @@ class TokenStream(AsyncIterator[EngineToken]):
         self._arrived.set()
 
 
+class _Embedded:
+    """One text of an embedding job."""
+
+    def __init__(self) -> None:
+        self.vector: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def _put(self, outcome: EngineToken | bytes) -> None:
+        assert isinstance(outcome, bytes)
+        if not self.vector.done():
+            self.vector.set_result(outcome)
+
+    def _end(self, error: EngineError | None) -> None:
+        if error is None:
+            self.vector.cancel()
+        elif not self.vector.done():
+            self.vector.set_exception(error)
+
+
 class TorchEngine:
     """Serves one model directory. See node.ports.Engine.
 
     `dtype`: auto, bf16 or fp32 (auto: fp32 on a CPU up to AUTO_FP32_PARAMETERS, else bf16). `max_context` None: what
     the model was made for, or what the KV budget holds. `threads` None: 1 below SINGLE_THREAD_PARAMETERS, else all
-    cores. `max_queue`: streams that may wait for a slot. `device`: a torch device.
+    cores. `max_queue`: streams that may wait for a slot, shared out by urgency (waiting.py). `device`: a torch device.
+    `hold_s`: seconds for which a prompt stated as kept stays in the prefix cache after its stream.
 
-    Raises: ModelError from the constructor for a directory or sizes that cannot be served.
+    Raises: ModelError from the constructor for a directory, device or sizes that cannot be served.
     """
+
+    verifiability = Verifiability.REPLAY
 
     def __init__(
         self,
@@ -142,16 +158,18 @@ class TorchEngine:
         threads: int | None = None,
         max_queue: int = 64,
         device: str = "cpu",
+        hold_s: float = 0.0,
     ) -> None:
         if slots < 1 or max_queue < 0:
             raise ModelError(f"slots must be at least 1 and max_queue at least 0, got {slots} and {max_queue}")
         self._spec = load_spec(model_dir)
         total = stored_parameters(weight_files(model_dir))
-        self._model_dir, self._device = model_dir, torch.device(device)
+        self._model_dir, self._device = model_dir, _device(device)
         self._dtype = resolve_dtype(dtype, total, self._device.type)
-        self._slots, self._max_queue = slots, max_queue
-        self._context = context_that_fits(self._spec, self._dtype, slots, max_context, kv_budget_bytes)
+        self._slots, self._max_queue, self._hold_s = slots, max_queue, hold_s
+        self._memory = plan_memory(self._spec, self._dtype, slots, max_context, kv_budget_bytes)
         self._threads = threads or (1 if total < SINGLE_THREAD_PARAMETERS else torch.get_num_threads())
+        self._grammars = Grammars(model_dir / "tokenizer.json", self._spec.vocab, self._spec.eos_ids)
         self._profile: Profile | None = None
         self._decoder: Decoder | None = None
         self._scheduler: Scheduler | None = None
@@ -160,27 +178,31 @@ class TorchEngine:
         self._wakeup = threading.Condition()  # guards the two below
         self._inbox: list[tuple[bool, Generation]] = []  # (submitted, else cancelled)
         self._stopping = False
-        self._streams: dict[Generation, weakref.ref[TokenStream]] = {}  # open ones; used on the event loop only
-
-    # ---------------------------------------------------------------------------------------------- asyncio side
+        self._streams: dict[Generation, weakref.ref[Consumer]] = {}  # open ones; used on the event loop only
 
     @property
     def profile(self) -> Profile:
-        """Known once started."""
+        """Raises: LocalProtocolError before `start`, which computes it."""
         if self._profile is None:
-            raise LocalProtocolError("the engine is not started: its profile is not known yet")
+            raise LocalProtocolError("the engine has no profile before it is started")
         return self._profile
 
     @property
     def max_context(self) -> int:
-        return self._context
+        return self._memory.context
 
     @property
     def vocab_size(self) -> int:
         return self._spec.vocab
 
+    @property
+    def hidden_size(self) -> int:
+        return self._spec.hidden
+
+    # -------------------------------------------------------------------------------------------- on the event loop
+
     async def start(self) -> None:
-        """Hash and load the model, start the thread. Raises: ModelError; LocalProtocolError when already started."""
+        """Load the weights and start the thread. Raises: ModelError; LocalProtocolError when already started."""
         if self._thread is not None:
             raise LocalProtocolError("the engine is already started")
         self._loop = asyncio.get_running_loop()
@@ -204,60 +226,99 @@ class TorchEngine:
             self._inbox.clear()  # a later start must not hear of streams that ended here
         self._scheduler = self._decoder = None
 
-    def submit(self, request: EngineRequest) -> TokenStream:
+    async def submit(self, request: EngineRequest) -> TokenStream:
         """Raises: EngineFull; ValueError; EngineError when the engine is not running."""
-        if self._thread is None or self._stopping:
-            raise EngineError("the engine is not running: start it first, or see its log for why it stopped")
-        self._check(request)
-        if len(self._streams) >= self._slots + self._max_queue:
-            raise EngineFull(f"all {self._slots} slots and {self._max_queue} queue places are taken: try again later")
-        stream = Generation(request, self._spec.eos_ids)
+        self._require_running()
+        check_request(request, self._spec, self._memory.context)
+        self._require_place(request.urgency)
+        matcher = None
+        if request.options.syntax is not Syntax.NONE:
+            continued = request.prompt[len(request.prompt) - request.options.continued :]
+            matcher = await self._grammars.matcher(request.options, continued)
+            self._require_running()
+            self._require_place(request.urgency)
+        stream = Generation(request, self._spec.eos_ids, matcher)
         consumer = TokenStream(self, stream)
-        self._streams[stream] = weakref.ref(consumer)
-        self._tell(True, stream)
+        self._enter(stream, consumer)
         return consumer
+
+    async def embed(self, inputs: Sequence[tuple[int, ...]], dimensions: int, urgency: Urgency) -> tuple[bytes, ...]:
+        """Raises: EngineFull; ValueError; EngineError when the engine is not running, stops or fails."""
+        self._require_running()
+        check_inputs(inputs, dimensions, self._spec, self._memory.context)
+        self._require_place(urgency)
+        places = asyncio.Semaphore(EMBED_AT_ONCE)
+
+        async def one(ids: tuple[int, ...]) -> bytes:
+            async with places:
+                self._require_running()
+                stream, consumer = embedding(ids, dimensions, urgency), _Embedded()
+                self._enter(stream, consumer)
+                try:
+                    return await consumer.vector
+                finally:
+                    if stream in self._streams:
+                        self._cancel(stream)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(ids)) for ids in inputs]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return tuple(task.result() for task in tasks)
+
+    def wait_ms(self, urgency: Urgency, prompt_tokens: int) -> int:
+        scheduler = self._scheduler
+        if scheduler is None:
+            return 0
+        wait = scheduler.pace.first_token_s(self._streams, self._slots, scheduler.chunk, urgency, prompt_tokens)
+        return math.ceil(1000 * wait)
 
     def stats(self) -> EngineStats:
         scheduler, decoder = self._scheduler, self._decoder
+        if scheduler is None or decoder is None:
+            return EngineStats(self._slots, 0, 0, 0, 0)
         return EngineStats(
             slots=self._slots,
-            active=scheduler.active if scheduler else 0,
+            active=scheduler.active,
             queued=sum(stream.waiting for stream in self._streams),
-            kv_bytes=decoder.kv.bytes if decoder else 0,
-            tokens_total=scheduler.tokens_total if scheduler else 0,
+            kv_bytes=decoder.kv.bytes,
+            tokens_total=scheduler.tokens_total,
+            prompt_total=scheduler.prompt_total,
+            cached_total=scheduler.cached_total,
+            preempted_total=scheduler.preempted_total,
+            busy_s=scheduler.pace.busy_s,
         )
 
-    def _check(self, request: EngineRequest) -> None:
-        """Raises: ValueError saying what does not fit."""
-        if not request.prompt:
-            raise ValueError("the prompt is empty: at least one token is needed")
-        if request.max_tokens < 1:
-            raise ValueError(f"max_tokens is {request.max_tokens}, at least 1 is needed")
-        length = len(request.prompt) + request.max_tokens
-        if length > self._context:
-            raise ValueError(
-                f"prompt of {len(request.prompt)} tokens plus max_tokens {request.max_tokens} is {length}, "
-                f"the context holds {self._context}"
-            )
-        low, high = min(request.prompt), max(request.prompt)
-        if low < 0 or high >= self._spec.vocab:
-            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {self._spec.vocab}")
-        if len(request.seed) != 32 or len(request.salt) != 32:
-            raise ValueError(f"seed and salt must be 32 bytes, got {len(request.seed)} and {len(request.salt)}")
-        try:
-            check_sampling(request.sampling.temperature_micro, request.sampling.top_p_micro, request.sampling.top_k)
-        except FieldOutOfRange as exc:
-            raise ValueError(str(exc)) from exc
+    def _require_running(self) -> None:
+        if self._thread is None or self._stopping:
+            raise EngineError("the engine is not running: start it first, or see its log for why it stopped")
 
-    def _deliver(self, tokens: list[tuple[Generation, EngineToken]], freed: list[Generation]) -> None:
-        """On the event loop: hand out one step's tokens and confirm cancellations."""
-        for stream, token in tokens:
-            reference = self._streams.get(stream)
-            if reference is not None and token.finish is not FinishReason.OPEN:
-                del self._streams[stream]
+    def _require_place(self, urgency: Urgency) -> None:
+        """Raises: EngineFull when all slots are taken and the queue is as full as this class may find it."""
+        limit = queue_limit(urgency, self._max_queue)
+        if len(self._streams) >= self._slots + limit:
+            raise EngineFull(
+                f"all {self._slots} slots are taken and {len(self._streams) - self._slots} requests wait: "
+                f"{urgency.name.lower()} ones queue up to {limit} of {self._max_queue} queue places; try again later"
+            )
+
+    def _enter(self, stream: Generation, consumer: Consumer) -> None:
+        self._streams[stream] = weakref.ref(consumer)
+        self._tell(True, stream)
+
+    def _deliver(self, outcomes: list[Outcome], freed: list[Generation]) -> None:
+        """On the event loop: hand out what one step gave and confirm cancellations."""
+        for stream, outcome in outcomes:
+            is_open = isinstance(outcome, EngineToken) and outcome.finish is FinishReason.OPEN
+            reference = self._streams.get(stream) if is_open else self._streams.pop(stream, None)
             consumer = reference() if reference is not None else None
-            if consumer is not None:
-                consumer._put(token)
+            if consumer is None:
+                continue
+            if isinstance(outcome, EngineError):
+                consumer._end(outcome)
+            else:
+                consumer._put(outcome)
         for stream in freed:
             reference = self._streams.pop(stream, None)
             consumer = reference() if reference is not None else None
@@ -290,10 +351,34 @@ class TorchEngine:
 
     def _load(self) -> Scheduler:
         self._profile = profile_of(self._model_dir, self._dtype, self._device.type)
-        with torch.inference_mode():
-            weights = load_weights(self._model_dir, self._spec, self._dtype, self._device)
-            self._decoder = Decoder(self._spec, weights, self._slots, self._context)
-            return Scheduler(self._decoder, Sampler(self._spec.vocab, self._spec.hidden, self._device))
+        memory = self._memory
+        try:
+            with torch.inference_mode():
+                weights = load_weights(self._model_dir, self._spec, self._dtype, self._device)
+                self._decoder = Decoder(self._spec, weights, self._slots, memory.context, memory.pool_blocks)
+                sampler = Sampler(self._spec.vocab, self._spec.hidden, self._device)
+                scheduler = Scheduler(self._decoder, sampler, memory.saved_bytes, self._hold_s)
+                scheduler.pace = self._warm_up(Scheduler(self._decoder, sampler))
+                return scheduler
+        except (RuntimeError, MemoryError) as exc:
+            if not out_of_memory(exc):
+                raise
+            raise ModelError(
+                f"there is no memory for the weights, {memory.slot_bytes} bytes of slots and {memory.pool_bytes} of "
+                f"prefix cache ({exc}): lower the KV budget or slots, or take a smaller model"
+            ) from exc
+
+    def _warm_up(self, scheduler: Scheduler) -> Pace:
+        """Run a short stream through a scheduler of its own; the times it took."""
+        torch.set_num_threads(self._threads)
+        length = min(WARM_UP_TOKENS, self._memory.context - 4)
+        if length > 0:
+            scheduler.submit(Generation(EngineRequest((0,) * length, bytes(32), 4), ()))
+            while scheduler.has_work():
+                scheduler.step()
+        pace = Pace()
+        pace.step_s, pace.read_s = scheduler.pace.step_s, scheduler.pace.read_s
+        return pace
 
     def _run(self, scheduler: Scheduler) -> None:
         torch.set_num_threads(self._threads)  # of this thread, and of any that first uses torch later
@@ -323,8 +408,8 @@ class TorchEngine:
                 freed.append(stream)
         if freed and not self._post(self._deliver, [], freed):
             return False
-        tokens = scheduler.step()
-        return not tokens or self._post(self._deliver, tokens, [])
+        outcomes = scheduler.step()
+        return not outcomes or self._post(self._deliver, outcomes, [])
 
     def _post(self, call: Callable[..., None], *args: object) -> bool:
         """Have the event loop make a call. False when the loop is gone, and with it everybody who listened."""
@@ -334,3 +419,13 @@ class TorchEngine:
         except RuntimeError:
             return False
         return True
+
+
+def _device(name: str) -> torch.device:
+    """Raises: ModelError for a device that torch does not know or this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        raise ModelError(f"device {name!r} cannot be used here ({exc}): use cpu, or install its torch") from exc
+    return device

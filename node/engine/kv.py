@@ -6,6 +6,8 @@ Memory is taken from the system as it is first written, not when the slots are m
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +20,15 @@ from protocol.cache import BLOCK_TOKENS
 def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
     """Bytes of keys and values of one token in all layers."""
     return 2 * spec.layers * spec.kv_heads * spec.head_dim * (4 if dtype == "fp32" else 2)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take memory page by page as they are written, where torch.zeros would touch all of it at once."""
+    count = math.prod(shape)
+    if device.type != "cpu" or not count:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, count * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +65,8 @@ class KvSlots:
     ) -> None:
         heads = 2 * spec.kv_heads
         self.count, self.max_context, self.pool_blocks = slots, max_context, pool_blocks
-        self._slots = torch.zeros((spec.layers, slots, heads, max_context, spec.head_dim), dtype=dtype, device=device)
-        shape = (pool_blocks, spec.layers, heads, BLOCK_TOKENS, spec.head_dim)
-        self._pool = torch.zeros(shape, dtype=dtype, device=device)
+        self._slots = _zeros((spec.layers, slots, heads, max_context, spec.head_dim), dtype, device)
+        self._pool = _zeros((pool_blocks, spec.layers, heads, BLOCK_TOKENS, spec.head_dim), dtype, device)
 
     @property
     def bytes(self) -> int:
@@ -66,7 +76,7 @@ class KvSlots:
     @property
     def token_bytes(self) -> int:
         """What one token takes in all layers."""
-        return self._slots[:, 0, :, :1].numel() * self._slots.element_size()
+        return int(self._slots[:, 0, :, :1].numel() * self._slots.element_size())
 
     def layer(self, index: int) -> torch.Tensor:
         """[slots, 2 * kv_heads, max_context, head_dim], a view."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import struct
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,9 @@ from protocol.units import Digest
 
 ENGINE_VERSION: Final = "tally/engine/torch-decoder/1"
 """Names the arithmetic of decoder.py; its hash is part of the profile. A change that moves logits needs a new name."""
+
+GRAMMAR_RULES: Final = "1"
+"""Names what grammar.py asks of its library; with the library's version it is part of the sampler's hash."""
 
 MARGIN_MILLI: Final = 100
 """A margin above 0.1 logits flags a token. Unit: logits x 1000."""
@@ -34,6 +38,18 @@ AUTO_FP32_PARAMETERS: Final = 1_000_000_000
 Measured on the 4M demo model, T = 0.8, top-p 0.95: between batch sizes and cuts, fp32 changed no token of 21,000; bf16
 changed one in 200 (margin at most 0.04 logits, so honest all the same), and so a quarter of continued texts. Doubling
 it doubles the memory of the largest such model."""
+
+REASONING_MARKS: Final = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<reason>", "</reason>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("[THINK]", "[/THINK]"),
+)
+"""Texts that open and close a reasoning block: Qwen3's and DeepSeek-R1's, then those of other families (Cohere's in
+capitals, Mistral's in brackets). What a template marks otherwise is metered as plain output."""
 
 _SPECIAL: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
 _CHUNK: Final = 1 << 20
@@ -65,6 +81,7 @@ def stored_parameters(files: list[Path]) -> int:
 def profile_of(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Profile:
     """The profile of a model directory. Reads every weight file once. Raises: ModelError."""
     spec = load_spec(model_dir)
+    reasoning_start, reasoning_end = reasoning_ids(model_dir)
     total = stored_parameters(weight_files(model_dir))
     kind = Digest(_sha256(resolve_dtype(dtype, total, device).encode()))
     return Profile(
@@ -75,16 +92,39 @@ def profile_of(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Pro
         dtype_hash=kind,
         kv_dtype_hash=kind,
         engine_hash=Digest(_sha256(ENGINE_VERSION.encode())),
-        sampler_hash=Digest(_sha256(SAMPLER_VERSION.encode())),
+        sampler_hash=Digest(_sha256(f"{SAMPLER_VERSION} {grammar_version()}".encode())),
         margin_milli=MARGIN_MILLI,
         flag_ppm=FLAG_PPM,
         active_parameters=total - spec.idle_parameters,
         total_parameters=total,
+        reasoning_start=reasoning_start,
+        reasoning_end=reasoning_end,
         **_shape(spec),
     )
 
 
+def grammar_version() -> str:
+    """What decides which tokens a grammar allows: the library as installed, and how it is used here."""
+    return f"llguidance/{version('llguidance')}/{GRAMMAR_RULES}"
+
+
+def reasoning_ids(model_dir: Path) -> tuple[int, int]:
+    """Ids of the tokens that open and close a reasoning block, (0, 0) when the model has none. Raises: ModelError.
+
+    Both are single added tokens of tokenizer.json, and the chat template mentions one of them.
+    """
+    added = read_json(model_dir / "tokenizer.json", "download it").get("added_tokens")
+    ids = {token.get("content"): token.get("id") for token in added or () if isinstance(token, dict)}
+    template = chat_template(model_dir)
+    for start, end in REASONING_MARKS:
+        both = ids.get(start), ids.get(end)
+        if isinstance(both[0], int) and isinstance(both[1], int) and (start in template or end in template):
+            return both[0], both[1]
+    return 0, 0
+
+
 def _shape(spec: ModelSpec) -> dict[str, int]:
+    moe = spec.moe
     return {
         "body_parameters": spec.body_parameters,
         "head_parameters": spec.head_parameters,
@@ -92,6 +132,9 @@ def _shape(spec: ModelSpec) -> dict[str, int]:
         "heads": spec.heads,
         "head_dim": spec.head_dim,
         "window": spec.window,
+        "moe_layers": spec.layers - len(moe.dense_layers) if moe else 0,
+        "experts": moe.experts if moe else 0,
+        "experts_chosen": moe.chosen if moe else 0,
     }
 
 

@@ -37,7 +37,7 @@ async def test_greedy_equals_transformers_token_for_token(
     asked = prompts(engine.vocab_size, (1, 5, 40, 300, 17, 64))
 
     async def run(prompt: tuple[int, ...]) -> list[EngineToken]:
-        return [token async for token in engine.submit(EngineRequest(prompt, SEED, 30, Sampling(0)))]
+        return [token async for token in await engine.submit(EngineRequest(prompt, SEED, 30, Sampling(0)))]
 
     for prompt, got in zip(asked, await asyncio.gather(*map(run, asked)), strict=True):
         assert [token.token_id for token in got] == models.greedy(model, list(prompt), 30)
@@ -54,7 +54,7 @@ async def test_an_independent_prefill_finds_no_margin_and_the_same_fingerprints(
     model = models.reference(model_dir(name))
     drawn = Sampling(800_000, 950_000, 40)
     for prompt in prompts(engine.vocab_size, (9, 70)):
-        out = [token async for token in engine.submit(EngineRequest(prompt, SEED, 24, drawn))]
+        out = [token async for token in await engine.submit(EngineRequest(prompt, SEED, 24, drawn))]
         ids = [*prompt, *(token.token_id for token in out)]
         with torch.inference_mode():
             result = model(torch.tensor([ids]), output_hidden_states=True)
@@ -76,7 +76,7 @@ async def test_honest_bf16_is_not_flagged(start_engine: StartEngine, model_dir: 
     model = models.reference(model_dir("shipped"), torch.bfloat16)
 
     async def run(prompt: tuple[int, ...]) -> list[int]:
-        return [token.token_id async for token in engine.submit(EngineRequest(prompt, SEED, 30))]
+        return [token.token_id async for token in await engine.submit(EngineRequest(prompt, SEED, 30))]
 
     asked = prompts(engine.vocab_size, (12, 40, 100))
     gaps = []

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from node.engine.card import load_card
-from node.engine.engine import TorchEngine, context_that_fits
+from node.engine.engine import TorchEngine
 from node.engine.kv import kv_bytes_per_token
+from node.engine.memory import plan_memory
 from node.engine.profile import profile_of, resolve_dtype
 from node.engine.spec import ModelError, load_spec
 from node.engine.weights import load_weights
@@ -156,21 +157,67 @@ def test_dtype_names() -> None:
         resolve_dtype("int4", 1)
 
 
-async def test_context_follows_the_kv_budget(model_dir: Callable[[str], Path], start_engine: StartEngine) -> None:
+async def test_memory_is_split_within_the_kv_budget(
+    model_dir: Callable[[str], Path], start_engine: StartEngine
+) -> None:
     spec = load_spec(model_dir("llama"))
     token = 4 * kv_bytes_per_token(spec, "fp32")
-    assert context_that_fits(spec, "fp32", 4, None, 10**9) == spec.max_positions
-    assert context_that_fits(spec, "fp32", 4, None, 300 * token + 1) == 300
-    assert context_that_fits(spec, "bf16", 4, None, 150 * token) == 300
-    with pytest.raises(ModelError, match="4 slots of 256 tokens"):
-        context_that_fits(spec, "fp32", 4, None, 200 * token)
+    assert plan_memory(spec, "fp32", 4, None, 10**9).context == spec.max_positions
+    assert plan_memory(spec, "fp32", 4, None, 400 * token + 3).context == 300  # three quarters of it
+    assert plan_memory(spec, "bf16", 4, None, 200 * token).context == 300
+    assert plan_memory(spec, "fp32", 4, None, 300 * token).context == 256  # rather the shortest worth serving
+    asked = plan_memory(spec, "fp32", 4, 400, 400 * token)
+    assert (asked.context, asked.pool_blocks, asked.saved_bytes) == (400, 0, 0)
+    for budget in (300 * token, 1000 * token, 10**9):
+        plan = plan_memory(spec, "fp32", 4, None, budget)
+        assert 0 <= budget - plan.slot_bytes - plan.saved_bytes - plan.pool_bytes < 32 * token
+        assert plan.slot_bytes == plan.context * token
+    with pytest.raises(ModelError, match="4 slots of 256 tokens .* leave none for the prefix cache"):
+        plan_memory(spec, "fp32", 4, None, 200 * token)
     with pytest.raises(ModelError, match="4 slots of 400 tokens"):
-        context_that_fits(spec, "fp32", 4, 400, 300 * token)
+        plan_memory(spec, "fp32", 4, 400, 300 * token)
     with pytest.raises(ModelError, match="what the model was made for"):
-        context_that_fits(spec, "fp32", 4, spec.max_positions + 1, 10**9)
-    engine = await start_engine(max_context=100)
+        plan_memory(spec, "fp32", 4, spec.max_positions + 1, 10**9)
+    engine = await start_engine(max_context=100, kv_budget_bytes=200 * token)
     assert engine.max_context == 100
-    assert engine.stats().kv_bytes == 100 * token
+    assert 100 * token < engine.stats().kv_bytes <= 200 * token
+
+
+def test_a_device_that_is_not_there(model_dir: Callable[[str], Path]) -> None:
+    for name in ("cuda:99", "no-device"):
+        with pytest.raises(ModelError, match=name):
+            TorchEngine(model_dir("llama"), device=name)
+
+
+def test_reasoning_marks_are_tokens_that_the_template_uses(copied: Path) -> None:
+    def marks(template: str, *texts: str) -> tuple[int, int]:
+        added = [{"id": 50 + i, "content": text, "special": False} for i, text in enumerate(texts)]
+        edit(copied / "tokenizer.json", added_tokens=added)
+        edit(copied / "tokenizer_config.json", chat_template=template)
+        profile = profile_of(copied)
+        return profile.reasoning_start, profile.reasoning_end
+
+    assert marks("{{ '<think>' }}", "<s>", "<think>", "</think>") == (51, 52)
+    assert marks("{{ x.split('</think>') }}", "</think>", "<think>") == (51, 50)
+    assert marks("no word of it", "<think>", "</think>") == (0, 0)
+    assert marks("{{ '<think>' }}", "<think>") == (0, 0)
+    assert marks("[THINK]", "<think>", "</think>", "[THINK]", "[/THINK]") == (52, 53)
+
+
+def test_profile_tells_the_routers(model_dir: Callable[[str], Path]) -> None:
+    fields = ("moe_layers", "experts", "experts_chosen")
+    shapes = {name: profile_of(model_dir(name)) for name in ("llama", "mixtral", "qwen3-moe")}
+    assert [[getattr(profile, field) for field in fields] for profile in shapes.values()] == [
+        [0, 0, 0],
+        [2, 4, 2],
+        [1, 4, 2],
+    ]
+
+
+def test_the_grammar_library_is_part_of_the_profile(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = profile_of(copied)
+    monkeypatch.setattr("node.engine.profile.version", lambda name: "0.0.1")
+    assert profile_of(copied).sampler_hash != before.sampler_hash
 
 
 def test_importing_the_package_or_a_profile_needs_no_torch() -> None:

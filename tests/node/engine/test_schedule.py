@@ -15,12 +15,14 @@ import torch
 
 from node.engine.decoder import Decoder
 from node.engine.engine import EngineError, TorchEngine
+from node.engine.generation import RESUME_AT, RUN_AHEAD, Generation
 from node.engine.sampler import Sampler
-from node.engine.scheduler import PREFILL_TOKENS, RESUME_AT, RUN_AHEAD, Generation, Scheduler
+from node.engine.scheduler import PREFILL_TOKENS, Scheduler
 from node.engine.spec import load_spec
 from node.engine.weights import load_weights
 from node.ports import EngineFull, EngineRequest, EngineToken, Sampling
 from protocol.errors import LocalProtocolError
+from protocol.options import JobOptions
 from protocol.units import FinishReason
 from tests.node.engine.conftest import StartEngine
 
@@ -37,7 +39,7 @@ def request(number: int, length: int, count: int, vocab: int = 100, sampling: Sa
 
 
 async def run(engine: TorchEngine, asked: EngineRequest) -> list[int]:
-    return [token.token_id async for token in engine.submit(asked)]
+    return [token.token_id async for token in await engine.submit(asked)]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ async def test_no_schedule_changes_the_text(name: str, schedule: int, start_engi
         if after is not None:
             await after.wait()
         taken[i] = []
-        async with aclosing(crowd.submit(asked[i])) as stream:
+        async with aclosing(await crowd.submit(asked[i])) as stream:
             async for token in stream:
                 taken[i].append(token.token_id)
                 started.set()
@@ -91,11 +93,11 @@ async def test_another_engine_continues_exactly_from_any_cut(name: str, start_en
 
 async def test_aclose_frees_the_slot_and_the_queue_place(start_engine: StartEngine) -> None:
     engine = await start_engine("endless", slots=1, max_queue=1)
-    running, queued = engine.submit(request(1, 4, 400)), engine.submit(request(2, 4, 5))
+    running, queued = await engine.submit(request(1, 4, 400)), await engine.submit(request(2, 4, 5))
     await anext(running)
     assert (engine.stats().active, engine.stats().queued) == (1, 1)
-    with pytest.raises(EngineFull, match="1 slots and 1 queue"):
-        engine.submit(request(3, 4, 5))
+    with pytest.raises(EngineFull, match="1 slots are taken and 1 .* up to 1 of 1 queue"):
+        await engine.submit(request(3, 4, 5))
     await queued.aclose()
     assert (engine.stats().active, engine.stats().queued) == (1, 0)
     await running.aclose()
@@ -110,7 +112,7 @@ async def test_a_cancelled_consumer_frees_its_slot(start_engine: StartEngine) ->
     engine = await start_engine("endless", slots=1)
 
     async def consume() -> None:
-        async with aclosing(engine.submit(request(1, 4, 400, sampling=Sampling(0)))) as stream:
+        async with aclosing(await engine.submit(request(1, 4, 400, sampling=Sampling(0)))) as stream:
             async for _ in stream:
                 arrived.set()
 
@@ -125,7 +127,7 @@ async def test_a_cancelled_consumer_frees_its_slot(start_engine: StartEngine) ->
 
 async def test_a_dropped_stream_frees_its_slot(start_engine: StartEngine) -> None:
     engine = await start_engine("endless", slots=1)
-    stream = engine.submit(request(1, 4, 400))
+    stream = await engine.submit(request(1, 4, 400))
     await anext(stream)
     del stream
     gc.collect()
@@ -139,7 +141,7 @@ async def test_a_slow_consumer_pauses_only_itself(start_engine: StartEngine) -> 
     slow = request(1, 4, 300)
     expected = await run(engine, slow)
     before = engine.stats().tokens_total
-    stream = engine.submit(slow)
+    stream = await engine.submit(slow)
     others = 0
     for number in range(2):
         others += len(await run(engine, request(number, 30, 60)))
@@ -182,8 +184,8 @@ async def test_stop_ids_end_a_stream_after_being_emitted(start_engine: StartEngi
     asked = request(3, 10, 30)
     whole = await run(engine, asked)
     stop = whole[4]
-    stopped = EngineRequest(asked.prompt, asked.seed, 30, asked.sampling, stop_ids=(stop,))
-    tokens: list[EngineToken] = [token async for token in engine.submit(stopped)]
+    stopped = EngineRequest(asked.prompt, asked.seed, 30, asked.sampling, JobOptions(stop_ids=(stop,)))
+    tokens: list[EngineToken] = [token async for token in await engine.submit(stopped)]
     assert [token.token_id for token in tokens] == whole[: whole.index(stop) + 1]
     assert tokens[-1].finish is FinishReason.STOP
 
@@ -207,13 +209,13 @@ async def test_bad_requests_are_refused_at_once(
     engine = await start_engine(max_context=64)
     good: dict[str, object] = {"prompt": (1, 2), "seed": seed(1), "max_tokens": 5}
     with pytest.raises(ValueError, match=reason):
-        engine.submit(EngineRequest(**{**good, **changes}))  # type: ignore[arg-type]
+        await engine.submit(EngineRequest(**{**good, **changes}))  # type: ignore[arg-type]
     assert engine.stats().active == engine.stats().queued == 0
 
 
 async def test_stopping_ends_open_streams_with_an_error(start_engine: StartEngine) -> None:
     engine = await start_engine("endless", slots=1)
-    running, queued = engine.submit(request(1, 4, 400)), engine.submit(request(2, 4, 5))
+    running, queued = await engine.submit(request(1, 4, 400)), await engine.submit(request(2, 4, 5))
     await anext(running)
     await engine.stop()
     await engine.stop()
@@ -223,7 +225,7 @@ async def test_stopping_ends_open_streams_with_an_error(start_engine: StartEngin
                 pass
         await stream.aclose()
     with pytest.raises(EngineError):
-        engine.submit(request(3, 4, 5))
+        await engine.submit(request(3, 4, 5))
     await engine.start()
     assert await run(engine, request(2, 4, 5))
 
@@ -231,12 +233,12 @@ async def test_stopping_ends_open_streams_with_an_error(start_engine: StartEngin
 async def test_a_failing_step_reaches_every_stream(start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = await start_engine()
     monkeypatch.setattr(engine._decoder, "forward", lambda batch: 1 / 0)
-    streams = [engine.submit(request(i, 4, 5)) for i in range(6)]
+    streams = [await engine.submit(request(i, 4, 5)) for i in range(6)]
     for stream in streams:
         with pytest.raises(EngineError, match="ZeroDivisionError"):
             await anext(stream)
     with pytest.raises(EngineError):
-        engine.submit(request(9, 4, 5))
+        await engine.submit(request(9, 4, 5))
 
 
 async def test_use_before_start(model_dir: object, start_engine: StartEngine) -> None:
@@ -247,5 +249,5 @@ async def test_use_before_start(model_dir: object, start_engine: StartEngine) ->
     with pytest.raises(LocalProtocolError):
         _ = fresh.profile
     with pytest.raises(EngineError):
-        fresh.submit(request(1, 4, 5))
+        await fresh.submit(request(1, 4, 5))
     assert fresh.stats().active == 0
