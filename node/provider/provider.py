@@ -27,9 +27,11 @@ from node.ports import (
     StoreError,
     Transport,
 )
+from node.provider.base import SAMPLE_S
 from node.provider.books import Books
 from node.provider.delivery import Tools
 from node.provider.offering import OFFER_LIFE_S, Offering, OfferTexts
+from node.provider.reservations import Reservations
 from node.provider.server import JobServer
 from node.provider.settler import Settler
 from protocol.frames import CARD_PROTOCOL, JOB_PROTOCOL
@@ -86,7 +88,8 @@ class Provider:
             settings.tariff, settings.texts, node_key, engine, store, chain, transport, directory, clock, entropy
         )
         tools = Tools(chain.domain, node_key, self.books, store, clock)
-        self.server = JobServer(tools, engine, entropy, card, self.offering)
+        reservations = Reservations(self._wallet, card.profile_id, chain)
+        self.server = JobServer(tools, engine, entropy, card, self.offering, reservations)
         transport.serve(JOB_PROTOCOL, self.server.handle_job)
         transport.serve(CARD_PROTOCOL, self.server.handle_card)
         self.background = Background(clock)
@@ -115,6 +118,7 @@ class Provider:
             start("settling", self.settler.run, "vouchers are kept and due again"),
             start("following the chain", self._watch, "jobs are served up to confirmed escrow"),
             start("offering", self._keep_offering, "the present offer and tariff stand"),
+            start("the base price", self._follow_base, "the present offer's multiplier stands"),
         ]
         if not caught_up:
             self._tasks.append(start("joining", self._join_later, "jobs are served up to confirmed escrow"))
@@ -173,6 +177,13 @@ class Provider:
                 log.warning("the tariff could not be renewed, the present one stands: %s", exc)
             await self.offering.renew()
             self._renew_at = self._clock.monotonic() + OFFER_LIFE_S / 2
+
+    async def _follow_base(self) -> None:
+        """Offer anew when load moved the multiplier, for ever. Raises: StoreError, and may then be called again."""
+        while True:
+            await self._clock.sleep(SAMPLE_S)
+            if await self.offering.base_moved():
+                await self.offering.renew()
 
     async def status(self) -> dict[str, object]:
         """Plain JSON values for `tally status`; amounts as decimal strings of wei."""

@@ -12,9 +12,10 @@ from typing import Final
 from incentives.ledger import JobOpened, Role
 from node.jobstream import JobStream
 from node.ports import Engine, EngineFull, Entropy, ModelCard, Stream, StreamEnded, TokenStream, Urgency
-from node.provider.admission import Admitted, check_prompt, check_request, engine_request, urgency_of
+from node.provider.admission import Admitted, Terms, check_prompt, check_request, engine_request, urgency_of
 from node.provider.delivery import Delivery, Tools
 from node.provider.offering import Offering
+from node.provider.reservations import Reservations
 from node.whole import whole
 from protocol import frames
 from protocol.cache import block_heads
@@ -33,10 +34,11 @@ from protocol.frames import (
     Request,
 )
 from protocol.messages import Accept
+from protocol.metering import Usage, embedding_flops, flops, ste_micro_up
 from protocol.packing import pack
 from protocol.sealing import Sealed
 from protocol.session import Side, State
-from protocol.units import Address, Digest, FinishReason, JobKind, Wei
+from protocol.units import ZERO_DIGEST, Address, Digest, FinishReason, JobKind, Wei
 from protocol.work import Work, nonce_commitment
 
 log = logging.getLogger("tally.provider")
@@ -60,8 +62,17 @@ MAX_STREAMS_PER_PEER: Final = 128
 class JobServer:
     """Serves jobs under the offering's terms. `draining` refuses new ones."""
 
-    def __init__(self, tools: Tools, engine: Engine, entropy: Entropy, card: ModelCard, offering: Offering) -> None:
+    def __init__(
+        self,
+        tools: Tools,
+        engine: Engine,
+        entropy: Entropy,
+        card: ModelCard,
+        offering: Offering,
+        reservations: Reservations,
+    ) -> None:
         self._tools = tools
+        self._reservations = reservations
         self._engine = engine
         self._entropy = entropy
         self._card = card
@@ -174,11 +185,33 @@ class JobServer:
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
+        reserved = used = 0
         try:
-            await self._accept_and_deliver(talk, frame, admitted, nonce, sealed, prompt)
+            reserved = await self._use_reservation(admitted, terms)
+            used = await self._accept_and_deliver(talk, frame, admitted, nonce, sealed, prompt)
         finally:
             self._running.discard(task)
             tools.books.release(client, admitted.job_id)
+            if reserved:
+                now = tools.clock.now_ms()
+                self._reservations.give_back(admitted.request.reservation, max(0, reserved - used), now)
+
+    async def _use_reservation(self, admitted: Admitted, terms: Terms) -> int:
+        """Take the most that the job may compute from the right it names, in micro-STE; 0 when it names none.
+
+        Raises: Refused.
+        """
+        # SPEC 5.10: The provider checks that the reservation is for it and this profile, active, and assigned
+        request = admitted.request
+        if request.reservation == ZERO_DIGEST:
+            return 0
+        if request.kind == JobKind.EMBED:
+            most = ste_micro_up(embedding_flops(terms.profile, admitted.options.inputs))
+        else:
+            most = ste_micro_up(flops(terms.profile, Usage(request.prompt_tokens, 0, request.max_tokens, 0)))
+        now = self._tools.clock.now_ms()
+        await self._reservations.check(Digest(request.reservation), Address(request.client), most, now)
+        return most
 
     async def _read_prompt(self, talk: JobStream, sealed: Sealed, chunks: int) -> bytes:
         """The unsealed prompt. One deadline for all of it, however it is dripped. Raises: StreamEnded."""
@@ -192,7 +225,8 @@ class JobServer:
 
     async def _accept_and_deliver(
         self, talk: JobStream, frame: Request, admitted: Admitted, nonce: bytes, sealed: Sealed, prompt: tuple[int, ...]
-    ) -> None:
+    ) -> int:
+        """Deliver; what was computed, in micro-STE. Raises: as `_serve`."""
         tools = self._tools
         async with contextlib.AsyncExitStack() as stack:
             tokens: TokenStream | None = None
@@ -231,6 +265,7 @@ class JobServer:
                 await whole(delivery.close(FinishReason.CANCELLED, "the client was gone before it could be accepted"))
         self.tokens_served += delivery.work.completion_tokens
         self.jobs_served += finish is not FinishReason.ERROR
+        return delivery.work.ste_micro()
 
     async def _submit(self, admitted: Admitted, prompt: tuple[int, ...]) -> TokenStream:
         """Raises: Refused."""
