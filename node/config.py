@@ -26,13 +26,17 @@ from node.config_values import (
     duration,
     factor,
     multiaddrs,
+    names,
     optional_path,
+    optional_url,
     path,
     port,
     price,
+    rate,
     tally,
     text,
     url,
+    yes_no,
 )
 from protocol.units import Wei
 
@@ -41,6 +45,7 @@ __all__ = [
     "ChainConfig",
     "ClientConfig",
     "ConfigError",
+    "ExchangeConfig",
     "Key",
     "LogConfig",
     "NodeConfig",
@@ -76,7 +81,11 @@ class ProviderConfig:
     Vouchers are settled when `settle_value` is due in all, or `settle_interval` s after the last settlement, channels
     below `settle_dust` left out. `threads` 0: the engine's choice. `region`: free text that goes, hashed, into the
     offer. `*_factor`: in basis points. `*_ms`: what a tier promises, 0 for no promise; `refund_share`: bps of
-    the metered cost given back when a promise is missed. `drain`: s that running jobs get when the node stops.
+    the metered cost given back when a promise is missed. `base_*_factor`: bounds of the base multiplier, which follows
+    utilisation. `reserved_discount`: bps off the price of reserved jobs. `cache_ttl`: s that a kept prompt is held, 0
+    for no promise. `drain`: s that running jobs get when the node stops.
+    `upstream`: base URL of the server that computes, "" for the node's own engine; `upstream_private`: it may be
+    dialled in a private network.
     """
 
     model_dir: Path | None
@@ -88,10 +97,13 @@ class ProviderConfig:
     cached_price: Wei
     completion_price: Wei
     reasoning_price: Wei
+    embedding_price: Wei
     per_request: Wei
     flex_factor: int
     standard_factor: int
     priority_factor: int
+    flex_ttft_ms: int
+    flex_tpot_ms: int
     standard_ttft_ms: int
     standard_tpot_ms: int
     priority_ttft_ms: int
@@ -100,6 +112,10 @@ class ProviderConfig:
     long_context_threshold: int
     long_context_factor: int
     privacy_factor: int
+    base_min_factor: int
+    base_max_factor: int
+    reserved_discount: int
+    cache_ttl: int
     max_output: int
     stake: Wei
     settle_interval: int
@@ -108,6 +124,10 @@ class ProviderConfig:
     drain: int
     region: str
     retention_hours: int
+    upstream: str
+    upstream_model: str
+    upstream_key_file: Path | None
+    upstream_private: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +143,22 @@ class ClientConfig:
     gateway_host: str
     gateway_port: int
     deposit: Wei
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeConfig:
+    """A platform outside the market that jobs may be sent to. `ceiling`: most wei per token, prompt or output.
+
+    `tally_usd`: USD that one TALLY is worth, None when nobody said. `models`: (name here, name there).
+    """
+
+    enabled: bool
+    url: str
+    key_file: Path | None
+    ceiling: Wei
+    tally_usd: Decimal | None
+    models: tuple[tuple[str, str], ...]
+    private: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +179,7 @@ class NodeConfig:
     transport: TransportConfig
     provider: ProviderConfig
     client: ClientConfig
+    exchange: ExchangeConfig
     log: LogConfig
     origins: Mapping[str, str]
 
@@ -192,10 +229,13 @@ KEYS: Final = (
     Key("provider.cached_price", price, "0.02", "TALLY per million prompt tokens found in the prefix cache"),
     Key("provider.completion_price", price, "0.40", "TALLY per million generated tokens"),
     Key("provider.reasoning_price", price, "0.40", "TALLY per million generated reasoning tokens"),
+    Key("provider.embedding_price", price, "0.02", "TALLY per million tokens read by an embedding job"),
     Key("provider.per_request", tally, "0", "TALLY per job, whatever its length"),
     Key("provider.flex_factor", factor, "0.8", "price factor of the flex tier, which promises nothing"),
     Key("provider.standard_factor", factor, "1", "price factor of the standard tier"),
     Key("provider.priority_factor", factor, "1.5", "price factor of the priority tier"),
+    Key("provider.flex_ttft_ms", count(0, 3_600_000), 0, "promised ms to the first token, flex; 0 for none"),
+    Key("provider.flex_tpot_ms", count(0, 3_600_000), 0, "promised ms a token, flex; 0 for none"),
     Key("provider.standard_ttft_ms", count(0, 3_600_000), 0, "promised ms to the first token, standard; 0 for none"),
     Key("provider.standard_tpot_ms", count(0, 3_600_000), 0, "promised ms a token, standard; 0 for none"),
     Key("provider.priority_ttft_ms", count(0, 3_600_000), 2_000, "promised ms to the first token, priority"),
@@ -204,6 +244,10 @@ KEYS: Final = (
     Key("provider.long_context_threshold", count(0, (1 << 32) - 1), 32_768, "prompt tokens above which a job is long"),
     Key("provider.long_context_factor", factor, "1", "price factor of long jobs"),
     Key("provider.privacy_factor", factor, "1", "price factor of private jobs"),
+    Key("provider.base_min_factor", factor, "1", "price factor that falling load never passes"),
+    Key("provider.base_max_factor", factor, "2", "price factor that rising load never passes"),
+    Key("provider.reserved_discount", factor, "0.2", "share taken off the price of jobs under a reservation"),
+    Key("provider.cache_ttl", count(0, 7 * 86_400), 0, "seconds a kept prompt is promised to stay cached; 0 for none"),
     Key("provider.max_output", count(1, 1 << 20), 8_192, "most output tokens of one job"),
     Key("provider.stake", tally, "100", "TALLY to hold as stake in the Registry"),
     Key("provider.settle_interval", duration, "10m", "longest time between settlements"),
@@ -212,12 +256,23 @@ KEYS: Final = (
     Key("provider.drain", duration, "30s", "time that running jobs get to end when the node stops"),
     Key("provider.region", text, "", "where the machine stands, as told in the offer"),
     Key("provider.retention_hours", count(0, 24 * 366), 0, "hours that content may be kept, as told in the offer"),
+    Key("provider.upstream", optional_url, "", "OpenAI-compatible server to serve through; empty: compute here"),
+    Key("provider.upstream_model", text, "", "the model as that server names it; empty when it has one only"),
+    Key("provider.upstream_key_file", optional_path, None, "file whose first line is that server's API key"),
+    Key("provider.upstream_private", yes_no, False, "whether that server may be in a private network"),
     Key("client.max_price", tally, "0.1", "most TALLY that one job may cost"),
     Key("client.max_total", tally, "0", "most TALLY the session key may ever promise; 0 for no cap"),
     Key("client.stall", duration, "60s", "silence after which a provider is taken to have stalled"),
     Key("client.gateway_host", text, "127.0.0.1", "address of the OpenAI-compatible gateway"),
     Key("client.gateway_port", port, 8411, "TCP port of the gateway; 0 takes a free one"),
     Key("client.deposit", tally, "1", "TALLY put into the escrow channel with a new provider"),
+    Key("exchange.enabled", yes_no, False, "send jobs to a platform outside where that is cheaper, or nobody else is"),
+    Key("exchange.url", optional_url, "", "base URL of that platform, such as https://openrouter.ai/api/v1"),
+    Key("exchange.key_file", optional_path, None, "file whose first line is the API key there"),
+    Key("exchange.ceiling", price, "0", "most TALLY per million tokens, prompt or output, that is paid there"),
+    Key("exchange.tally_usd", rate, None, "USD that one TALLY is worth; without it nothing is compared or sent"),
+    Key("exchange.models", names, (), "models that have another name there, as NAME=THEIRS"),
+    Key("exchange.private", yes_no, False, "whether that platform may be in a private network"),
     Key("log.level", choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "least severity that is logged"),
     Key("log.format", choice("auto", "json", "text"), "auto", "form of the log; auto is text on a terminal"),
 )
@@ -286,6 +341,7 @@ def _build(home: Path, values: Mapping[str, Any], origins: dict[str, str]) -> No
         transport=TransportConfig(**section("transport")),
         provider=ProviderConfig(**section("provider")),
         client=ClientConfig(**section("client")),
+        exchange=ExchangeConfig(**section("exchange")),
         log=LogConfig(**section("log")),
         origins=MappingProxyType(origins),
     )

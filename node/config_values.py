@@ -133,6 +133,36 @@ def _bootstrap(value: Any) -> tuple[str, ...]:
     return items
 
 
+def _yes_no(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "yes", "no"):
+        return value.strip().lower() in ("true", "yes")
+    raise ValueError(f"{value!r} is neither true nor false")
+
+
+def _rate(value: Any) -> Decimal | None:
+    """An exact decimal above zero, None for none."""
+    if value is None or value == "":
+        return None
+    rate = _decimal(value)
+    if rate <= 0:
+        raise ValueError(f"{value!r} is not above zero")
+    return rate
+
+
+def _names(value: Any) -> tuple[tuple[str, str], ...]:
+    """`ours=theirs` pairs."""
+    pairs = tuple(item.partition("=") for item in _texts(value))
+    if any(not (ours and mark and theirs) for ours, mark, theirs in pairs):
+        raise ValueError(f"{value!r} is no list of NAME=THEIRS")
+    return tuple((ours.strip(), theirs.strip()) for ours, _, theirs in pairs)
+
+
+def _optional_url(value: Any) -> str:
+    return "" if value is None or value == "" else _url(value)
+
+
 def count(low: int, high: int) -> Kind:
     """A whole number within bounds."""
 
@@ -162,6 +192,10 @@ path: Final = Kind("a path", _path)
 optional_path: Final = Kind("a path", _optional_path)
 port: Final = count(0, 65_535)
 url: Final = Kind("a URL such as http://127.0.0.1:8545", _url)
+optional_url: Final = Kind("a URL such as http://127.0.0.1:8000/v1, or empty", _optional_url)
+yes_no: Final = Kind("true or false", _yes_no)
+rate: Final = Kind('a decimal above zero such as "0.35"', _rate)
+names: Final = Kind("pairs such as Llama-3.1-8B-Instruct=meta-llama/llama-3.1-8b-instruct", _names)
 multiaddrs: Final = Kind("multiaddrs such as /ip4/203.0.113.7/tcp/4001", _multiaddrs)
 bootstrap: Final = Kind("multiaddrs such as /ip4/203.0.113.7/tcp/4001/p2p/16Uiu2...", _bootstrap)
 duration: Final = Kind("a duration above zero such as 90s, 10m, 2h or 1d (a bare number is seconds)", _duration)

@@ -63,6 +63,8 @@ def human(key: Key, settings: NodeConfig) -> Any:
         return f"{whole}.{rest:04d}".rstrip("0").rstrip(".")
     if key.kind is kinds.duration:
         return f"{value}s"
+    if key.kind is kinds.names:
+        return [f"{ours}={theirs}" for ours, theirs in value]
     if isinstance(value, tuple):
         return list(value)
     return value if isinstance(value, int) else str(value)

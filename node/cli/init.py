@@ -113,5 +113,5 @@ def _toml(key: Key, home: Path) -> str:
     if isinstance(default, tuple):
         return "[" + ", ".join(f'"{item}"' for item in default) + "]"
     if isinstance(default, int):
-        return str(default)
+        return str(default).lower()  # true and false are written small
     return json.dumps(str(default).replace("${home}", str(home)), ensure_ascii=False)

@@ -235,15 +235,20 @@ class Events(AsyncIterator[dict[str, Any]]):
             return event
         raise StopAsyncIteration
 
+    def drop(self) -> None:
+        """Drop the connection at once, wherever its reader is. Idempotent, never raises."""
+        self._response.close()
+
     async def aclose(self) -> None:
-        """Drop the connection unless the answer was read to its end. Idempotent, never raises."""
+        """Keep the connection for the next request where the answer ended, else drop it. Idempotent, never raises."""
         if self.done:
             with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
-                async with asyncio.timeout(0.1):
-                    await self._response.content.read(
-                        1
-                    )  # the end of the body, so that the connection can be used again
-        self._response.close() if not self._response.content.at_eof() else self._response.release()
+                async with asyncio.timeout(LAST_BYTES_S):
+                    await self._response.content.readany()
+        if self._response.content.at_eof():
+            self._response.release()
+        else:
+            self._response.close()
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -43,7 +43,7 @@ def test_every_key_has_a_field_an_origin_a_default_and_its_own_variable(tmp_path
     made = _load(tmp_path)
     names = {key.name for key in KEYS}
     assert set(made.origins) == names | {"home"}
-    sections = ("chain", "transport", "provider", "client", "log")
+    sections = ("chain", "transport", "provider", "client", "exchange", "log")
     found = {f"{section}.{field.name}" for section in sections for field in fields(getattr(made, section))}
     assert found | {"password_file"} == names
     assert len({key.variable for key in KEYS}) == len(KEYS)
@@ -170,3 +170,36 @@ def test_a_named_file_must_exist_the_usual_one_need_not(tmp_path: Path) -> None:
         load(file=tmp_path, env={"TALLY_HOME": str(tmp_path)})
     missing.write_text("[log]\nformat = 'json'\n")
     assert _load(tmp_path, env={"TALLY_CONFIG": str(missing)}).log.format == "json"
+
+
+def test_the_exchange_is_off_and_its_rate_is_exact(tmp_path: Path) -> None:
+    off = _load(tmp_path).exchange
+    assert not off.enabled and off.tally_usd is None and off.models == ()
+    env = {
+        "TALLY_EXCHANGE_ENABLED": "yes",
+        "TALLY_EXCHANGE_URL": "https://openrouter.ai/api/v1",
+        "TALLY_EXCHANGE_CEILING": "2.5",
+        "TALLY_EXCHANGE_TALLY_USD": "0.1",
+        "TALLY_EXCHANGE_MODELS": "small=meta-llama/llama-3.2-1b-instruct, big = x/y",
+    }
+    on = load({"home": str(tmp_path)}, env=env).exchange
+    assert on.enabled and on.tally_usd == Decimal("0.1") and on.ceiling == 25 * 10**11
+    assert on.models == (("small", "meta-llama/llama-3.2-1b-instruct"), ("big", "x/y"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("exchange.enabled", "perhaps"),
+        ("exchange.tally_usd", "0"),
+        ("exchange.tally_usd", "-1"),
+        ("exchange.tally_usd", 0.1),
+        ("exchange.models", "small"),
+        ("exchange.models", "=x"),
+        ("exchange.url", "file:///etc/passwd"),
+        ("provider.upstream", "localhost"),
+    ],
+)
+def test_what_the_exchange_cannot_mean_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    with pytest.raises(ConfigError):
+        load({"home": str(tmp_path), name: value}, env={})
