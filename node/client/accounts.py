@@ -23,7 +23,7 @@ from incentives.channel import (
     apply,
 )
 from incentives.ledger import ChannelKey, ReceiptVouched, Role
-from node.ports import Chain, ChainError, ChainUnavailable, InsufficientFunds, Store
+from node.ports import Chain, ChainError, ChainUnavailable, InsufficientFunds, NoProvider, Store
 from node.whole import whole
 from protocol.eip712 import Domain
 from protocol.errors import LocalProtocolError
@@ -105,6 +105,21 @@ class Accounts:
             ) from trouble
         held = ActionReserve(job_id, Wei(min(free, worst, self._left(provider))))
         self._channels[provider] = apply(self.channel(provider), held).state
+
+    async def seller_of(self, reservation: Digest) -> Address:
+        """Whose capacity a reservation is, if our session key may use it.
+
+        Raises: NoProvider saying why it cannot be used, ChainError.
+        """
+        found = await self._chain.reservation(reservation)
+        if found is None:
+            raise NoProvider(f"there is no reservation 0x{reservation.hex()}; `tally reservation list` shows yours")
+        if found.session != self.session.address:
+            raise NoProvider(
+                f"reservation 0x{reservation.hex()} is not assigned to session key 0x{self.session.address.hex()}; its"
+                " holder assigns it with `tally reservation assign`"
+            )
+        return found.provider
 
     # ------------------------------------------------------------------------------------------------------- the cap
 

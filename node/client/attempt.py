@@ -156,11 +156,9 @@ class Attempt:
         # SPEC 1.2: A client that reaches another key than the one that signed the offer hangs up.
         if self.talk.stream.peer_address != self.offer.node_key:
             raise RemoteProtocolError("the peer at the offer's address holds another key than the one that signed it")
-        await self.talk.send(
-            QuoteAsk(
-                self._tools.accounts.session.address, self._card.profile_id, prompt_tokens, max_tokens, self._spec.tier
-            )
-        )
+        longest = max(self._spec.options.inputs, default=prompt_tokens)  # texts have the context to themselves
+        session = self._tools.accounts.session.address
+        await self.talk.send(QuoteAsk(session, self._card.profile_id, longest, max_tokens, self._spec.tier))
         frame = await self.talk.receive(QUOTE_TIMEOUT_S)
         if isinstance(frame, Refuse):
             raise Refused(frame.code, frame.reason)

@@ -50,7 +50,7 @@ from protocol.errors import Overspend, Refused, RemoteProtocolError, TallyError
 from protocol.frames import JOB_PROTOCOL, RefusalCode
 from protocol.messages import WorkReceipt
 from protocol.offers import CheckedOffer
-from protocol.units import Address, Digest, FinishReason, JobId, Tier, Verifiability, Wei
+from protocol.units import ZERO_DIGEST, Address, Digest, FinishReason, JobId, Tier, Verifiability, Wei
 
 log = logging.getLogger("tally.client")
 
@@ -208,6 +208,8 @@ class Router:
     async def run(self, spec: JobSpec) -> AsyncIterator[JobEvent]:
         """Run one job; see the Marketplace port."""
         card = await self.card(spec.model)
+        if spec.reservation != ZERO_DIGEST:
+            spec = replace(spec, only=frozenset({await self._accounts.seller_of(spec.reservation)}))
         progress = _Progress(spec, self._clock.now_ms() + int(spec.deadline_s * 1000))
         failure: TallyError | None = None
         while len(progress.attempts) < MAX_ATTEMPTS:
