@@ -134,10 +134,11 @@ class Market:
         store: Store | None = None,
         keys: tuple[Signer, Signer] | None = None,
         engine: EngineTwin | None = None,
+        card: ModelCard | None = None,
         policy: SettlePolicy | None = None,
         **changes: int,
     ) -> Seller:
-        """A serving provider. `changes`: fields of its tariff."""
+        """A serving provider. `changes`: fields of its tariff. `card`: of a real engine, which stops elsewhere."""
         account, node_key = keys or (wallet(), wallet())
         if keys is None:
             self.world.fund(account.address, 1000 * WEI_PER_TALLY, 10**18)
@@ -148,7 +149,8 @@ class Market:
         transport = MemoryTransport(self.network, node_key.secret)
         directory = OfferDirectory(transport, chain, self.clock, (), Wei(1))
         directory.start_serving()
-        card = ModelCard(MODEL, hash_struct(engine.profile), engine.profile, b"{}", "", {}, (EOS,), engine.max_context)
+        served = engine.profile
+        card = card or ModelCard(MODEL, hash_struct(served), served, b"{}", "", {}, (EOS,), engine.max_context)
         settings = ProviderSettings(
             prices(account.address, card.profile_id, **changes),
             OfferTexts(MODEL, "lab", 0, 2048),
