@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from node.background import log_bug
 from node.config import NodeConfig
 from node.keys import load_or_create, read_password
-from node.ports import Chain, ChainError, ChainUnavailable, PeerAddress, Store, Transport
+from node.ports import Chain, ChainError, ChainUnavailable, Engine, ModelCard, PeerAddress, Store, Transport
 from node.system import SystemClock, SystemEntropy
 from protocol.errors import TallyError
-from protocol.units import BPS, Address, Digest, Wei
+from protocol.units import Address, Digest, Wei
 
 if TYPE_CHECKING:
     from node.chain.chain import Web3Chain
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from node.discovery.directory import OfferDirectory
     from node.gateway.server import GatewayServer
     from node.provider.provider import Provider
-    from protocol.messages import Tariff
+    from protocol.messages import Profile, Tariff
     from protocol.signing import Signer
 
 MIN_STAKE = Wei(1)
@@ -215,26 +216,66 @@ def wanted_tariff(config: NodeConfig, wallet: Address, profile_id: Digest) -> Ta
         flex_bps=prices.flex_factor,
         standard_bps=prices.standard_factor,
         priority_bps=prices.priority_factor,
-        flex_ttft_ms=0,
+        flex_ttft_ms=prices.flex_ttft_ms,
         standard_ttft_ms=prices.standard_ttft_ms,
         priority_ttft_ms=prices.priority_ttft_ms,
-        flex_tpot_ms=0,
+        flex_tpot_ms=prices.flex_tpot_ms,
         standard_tpot_ms=prices.standard_tpot_ms,
         priority_tpot_ms=prices.priority_tpot_ms,
-        flex_refund_bps=0,
+        flex_refund_bps=prices.refund_share,
         standard_refund_bps=prices.refund_share,
         priority_refund_bps=prices.refund_share,
         long_context_threshold=prices.long_context_threshold,
         long_context_bps=prices.long_context_factor,
         privacy_bps=prices.privacy_factor,
-        reserved_discount_bps=0,
-        embedding_price=prices.prompt_price,
-        cache_ttl_s=0,
-        base_min_bps=BPS,
-        base_max_bps=BPS,
+        reserved_discount_bps=prices.reserved_discount,
+        embedding_price=prices.embedding_price,
+        cache_ttl_s=prices.cache_ttl,
+        base_min_bps=prices.base_min_factor,
+        base_max_bps=prices.base_max_factor,
         valid_from=0,
         valid_until=0,
     )
+
+
+@asynccontextmanager
+async def _serving(config: NodeConfig, model_dir: Path, model: str) -> AsyncIterator[tuple[Engine, ModelCard]]:
+    """The engine that the configuration describes, started, and the card of what it serves under the name `model`.
+
+    Raises: ModelError; UrlRefused, UpstreamError where another server computes.
+    """
+    wanted = config.provider
+    engine: Engine
+    card_of: Callable[[str, Profile, int], ModelCard]
+    if wanted.upstream:
+        from node.engine.declared import declared_card, declared_profile, read_declared
+        from node.upstream.engine import ModelTexts, UpstreamEngine
+        from node.upstream.settings import UpstreamSettings
+
+        declared = await asyncio.to_thread(read_declared, model_dir)
+        texts = ModelTexts(declared.tokenizer_json, declared.eos_ids, declared.bos_id, declared.context)
+        settings = UpstreamSettings(
+            wanted.upstream,
+            wanted.upstream_model,
+            wanted.upstream_key_file,
+            wanted.slots,
+            allow_private=wanted.upstream_private,
+        )
+        engine = UpstreamEngine(
+            settings, texts, lambda able: declared_profile(declared, able.model, ids_shown=able.ids_out), SystemClock()
+        )
+        card_of = partial(declared_card, declared)
+    else:
+        from node.engine.card import load_card
+        from node.engine.engine import TorchEngine
+
+        engine = TorchEngine(model_dir, wanted.dtype, wanted.slots, threads=wanted.threads or None)
+        card_of = partial(load_card, model_dir)
+    await engine.start()
+    try:
+        yield engine, card_of(model, engine.profile, engine.max_context)
+    finally:
+        await engine.stop()
 
 
 @asynccontextmanager
@@ -242,8 +283,6 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
     """Serve. Raises: ConfigError, KeystoreError, StoreError, ChainError, ModelError, TransportError."""
     from incentives.settlement import SettlePolicy
     from node.discovery.directory import OfferDirectory
-    from node.engine.card import load_card
-    from node.engine.engine import TorchEngine
     from node.provider.offering import OfferTexts
     from node.provider.provider import Provider, ProviderSettings
     from node.routes import journal_routes
@@ -257,11 +296,8 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(journal(config, serving=True))
         chain = await stack.enter_async_context(_chain(config, wallet, patient=True))
-        engine = TorchEngine(wanted.model_dir, wanted.dtype, wanted.slots, threads=wanted.threads or None)
-        await engine.start()
-        stack.push_async_callback(engine.stop)
         model = wanted.model_name or wanted.model_dir.resolve().name
-        card = load_card(wanted.model_dir, model, engine.profile, engine.max_context)
+        engine, card = await stack.enter_async_context(_serving(config, wanted.model_dir, model))
         transport = _transport(config, node_key.secret, listen=True)
         directory = OfferDirectory(transport, chain, clock, bootstrap_peers(config), MIN_STAKE)
         directory.start_serving()

@@ -14,6 +14,7 @@ from typing import Final, Generic, TypeVar
 
 from node.ports import Chain, Clock, PeerAddress, Stream, Transport, TransportError
 from protocol import frames
+from protocol.base_price import contradicts
 from protocol.errors import RemoteProtocolError, TallyError, UnexpectedFrame
 from protocol.frames import OFFERS_PROTOCOL, OfferEnvelope, OffersAsk, OffersEnd
 from protocol.offers import CheckedOffer, check_envelope
@@ -100,6 +101,7 @@ class OfferDirectory:
         self._registered: Recent[Address, Address] = Recent(MEMORY_SIZE, CHAIN_MEMORY_S)
         self._logged: Recent[Digest, bool] = Recent(MEMORY_SIZE, CHAIN_MEMORY_S)
         self._denied: Recent[bytes, bool] = Recent(MEMORY_SIZE, DENIED_S)  # node keys and tariff hashes
+        self._caught: Recent[Address, bool] = Recent(MEMORY_SIZE, CHAIN_MEMORY_S)  # whose evidence was logged lately
         self._own: Address | None = None
 
     def start_serving(self) -> None:
@@ -152,9 +154,21 @@ class OfferDirectory:
             raise RemoteProtocolError("the offer's node key is not registered to its wallet, or the stake is too low")
         if not await self._is_logged(checked):
             raise RemoteProtocolError("the offer's tariff is not in the chain's log")
+        if known is not None and contradicts(known.offer, checked.offer):
+            self._keep_evidence(known, checked)
+            raise RemoteProtocolError("the offer's base multiplier contradicts the provider's offer before")
         self._book[provider] = checked
         await self._listen(checked.model)
         return True
+
+    def _keep_evidence(self, earlier: CheckedOffer, later: CheckedOffer) -> None:
+        """Two signed offers that cannot both be honest: whole, in the log, so that anybody can check them."""
+        now, provider = self._clock.monotonic(), Address(earlier.offer.provider)
+        if self._caught.get(provider, now):
+            return
+        self._caught.put(provider, True, now)
+        proof = ", ".join(frames.encode(checked.envelope).hex() for checked in (earlier, later))
+        log.error("provider 0x%s contradicts its own base price; evidence: %s", provider.hex(), proof)
 
     async def _wallet_of(self, node_key: Address) -> Address | None:
         now = self._clock.monotonic()

@@ -7,13 +7,14 @@ in the chain's log and not before; one that came too late for the log is abandon
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from node.ports import Chain, ChainError, ChainUnavailable, Clock, Directory, Engine, Entropy, Store, Transport
 from node.provider.admission import Terms
-from protocol.base_price import TARGET_UTILISATION_BPS, base_epoch
+from node.provider.base import BasePrice
 from protocol.eip712 import digest, hash_struct
 from protocol.messages import Offer, Tariff
 from protocol.offers import seal_offer, text_hash
@@ -60,7 +61,7 @@ class OfferTexts:
 
 
 class Offering:
-    """Owns the tariffs in force and the newest offer; `renew` is called on a timer and when load changes."""
+    """Owns the tariffs in force and the newest offer; `renew` is called on a timer and when the base price moved."""
 
     def __init__(
         self,
@@ -88,6 +89,9 @@ class Offering:
         self._entropy = entropy
         self._boxes: list[tuple[BoxKey, float]] = []  # current last, at most two
         self._tariffs: dict[Digest, tuple[Tariff, bytes]] = {}
+        self._base = BasePrice(engine, store, clock, self._slot("base"))
+        self._base_offered: int | None = None
+        self._renewing = asyncio.Lock()
 
     def box_key(self, public: bytes) -> BoxKey | None:
         """The secret behind an offered box key, or None when it was never ours or is destroyed."""
@@ -111,7 +115,7 @@ class Offering:
             self._engine.hidden_size,
             self._engine.profile,
             {tariff_hash: tariff for tariff_hash, (tariff, _) in self._tariffs.items()},
-            frozenset({BPS}),
+            self._base.accepted(),
         )
 
     def terms_in_force(self) -> bool:
@@ -186,7 +190,7 @@ class Offering:
         return True
 
     def _slot(self, kind: str) -> str:
-        """Where the newest tariff that was `signed`, or is `logged`, is kept.
+        """Where the newest tariff that was `signed`, or is `logged`, or the `base` multiplier, is kept.
 
         Per deployment, wallet and profile, as the sequence numbers are: going back to a model goes on where it was.
         """
@@ -213,14 +217,37 @@ class Offering:
         await self._store.put_value(f"profile/{hash_struct(profile).hex()}", pack(profile))
         self._tariffs[tariff_hash] = (tariff, signature)
 
-    async def renew(self) -> None:
-        """Sign and announce a fresh offer under the newest tariff in force. Raises: StoreError."""
+    async def base_moved(self) -> bool:
+        """Look at the engine's load; whether this epoch's base multiplier is another than the offer's.
+
+        Call every `SAMPLE_S` seconds, and renew the offer when it is. Raises: StoreError.
+        """
+        newest = self._newest()
+        if newest is None:
+            return False
+        return (await self._base.current(newest[1])).base != self._base_offered
+
+    def _newest(self) -> tuple[Digest, Tariff, bytes] | None:
+        """The tariff that offers are made under now: its hash, itself, its signature."""
         now = self._clock.now_ms() // 1000
         in_force = [item for item in self._tariffs.items() if item[1][0].valid_from <= now < item[1][0].valid_until]
         if not in_force:
-            log.info("no tariff is in force yet; nothing is offered")
-            return
+            return None
         tariff_hash, (tariff, signature) = max(in_force, key=lambda item: item[1][0].sequence)
+        return tariff_hash, tariff, signature
+
+    async def renew(self) -> None:
+        """Sign and announce a fresh offer under the newest tariff in force. Raises: StoreError."""
+        async with self._renewing:
+            newest = self._newest()
+            if newest is None:
+                log.info("no tariff is in force yet; nothing is offered")
+            else:
+                await self._announce(*newest)
+
+    async def _announce(self, tariff_hash: Digest, tariff: Tariff, signature: bytes) -> None:
+        now = self._clock.now_ms() // 1000
+        step = await self._base.current(tariff)
         last = await self._store.get_value(_SEQUENCE)
         sequence = max(int.from_bytes(last or b"", "big") + 1, self._clock.now_ms())
         await self._store.put_value(_SEQUENCE, sequence.to_bytes(8, "big"))
@@ -239,10 +266,10 @@ class Offering:
             region_hash=text_hash(self._texts.region),
             retention_hours=self._texts.retention_hours,
             verifiability=self._engine.verifiability,
-            base_epoch=base_epoch(now),
-            base_bps=BPS,
-            base_parent_bps=BPS,
-            base_utilisation_bps=TARGET_UTILISATION_BPS,
+            base_epoch=step.epoch,
+            base_bps=step.base,
+            base_parent_bps=step.parent,
+            base_utilisation_bps=step.utilisation,
             expires_at=now + OFFER_LIFE_S,
         )
         envelope = seal_offer(
@@ -256,4 +283,6 @@ class Offering:
             model=self._texts.model,
             region=self._texts.region,
         )
+        self._base.offered(step.base, offer.expires_at)
+        self._base_offered = step.base
         await self._directory.announce(envelope)

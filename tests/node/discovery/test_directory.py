@@ -20,7 +20,7 @@ from tests.twins.memory_chain import MemoryChain
 
 
 def envelope_of(seller: Seller) -> OfferEnvelope:
-    (checked,) = seller.provider.offering._directory.offers()  # type: ignore[attr-defined]
+    (checked,) = seller.provider.offering._directory.offers()
     return checked.envelope
 
 
