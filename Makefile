@@ -19,6 +19,7 @@ prerequisites:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
 	@command -v gcc >/dev/null || { echo "gcc is missing (fastecdsa is compiled at installation): apt-get install gcc"; exit 1; }
+	@command -v g++ >/dev/null || { echo "g++ is missing (llama.cpp is compiled at installation): apt-get install g++"; exit 1; }
 	@echo '#include <gmp.h>' | gcc -E - >/dev/null 2>&1 || \
 	  { echo "gmp.h is missing (fastecdsa needs it): apt-get install libgmp-dev"; exit 1; }
 	@echo '#include <Python.h>' | gcc -E $$($(PYTHON) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))') - >/dev/null 2>&1 || \
@@ -32,6 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "compiling llama.cpp for this processor (tests and bench-engine use it): five minutes on two cores, once"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama]'
 	@touch $@
 
 $(NPM_STAMP): contracts/package.json contracts/package-lock.json

@@ -31,6 +31,10 @@ def provider() -> None:
 
 @provider.command()
 @click.option("--model", type=click.Path(path_type=Path), metavar="DIR", help="Hugging Face model directory to serve.")
+@click.option("--upstream", metavar="URL", help="Serve through this OpenAI-compatible server; DIR gives the tokenizer.")
+@click.option("--upstream-model", metavar="NAME", help="The model as that server names it.")
+@click.option("--upstream-key-file", type=click.Path(path_type=Path), metavar="FILE", help="Its API key, first line.")
+@click.option("--allow-private", is_flag=True, default=None, help="The upstream server may be in a private network.")
 @click.option("--slots", type=int, help="Generations served at the same time.")
 @click.option("--listen", type=HostPort(), metavar="HOST:PORT", help="Where peers reach this node; port 0 takes any.")
 @click.option("--bootstrap", multiple=True, metavar="ADDR", help="/ip4/.../p2p/... of a peer to ask first; repeatable.")
@@ -45,6 +49,10 @@ def provider() -> None:
 def run(
     session: Session,
     model: Path | None,
+    upstream: str | None,
+    upstream_model: str | None,
+    upstream_key_file: Path | None,
+    allow_private: bool | None,
     slots: int | None,
     listen: tuple[str, int] | None,
     bootstrap: tuple[str, ...],
@@ -67,10 +75,18 @@ def run(
     tally provider run --model ./Qwen3-0.6B
     tally provider run --model ./m --listen 0.0.0.0:4001 --price-prompt 0.05 --price-completion 0.20
     tally provider run --model ./m --bootstrap /ip4/203.0.113.7/tcp/4001/p2p/16Uiu2HAm...
+    tally provider run --model ./m --upstream http://127.0.0.1:8000/v1
+
+    With --upstream another server computes (vLLM, SGLang, llama.cpp), --model DIR needs no weights, and the offer
+    states what can be checked of it: each token's log-probability where the server names its tokens, else nothing.
     """
     host, port = listen or (None, None)
     config = session.load(
         provider__model_dir=model,
+        provider__upstream=upstream,
+        provider__upstream_model=upstream_model,
+        provider__upstream_key_file=upstream_key_file,
+        provider__upstream_private=allow_private,
         provider__slots=slots,
         transport__listen_host=host,
         transport__listen_port=port,
@@ -124,6 +140,7 @@ def _banner(facts: dict[str, Any], config: NodeConfig) -> list[str]:
     prices = config.provider
     lines = [
         f"serving    {facts['model']} in {prices.slots} slots",
+        *([f"upstream   {prices.upstream}"] if prices.upstream else []),
         f"peer       {facts['peer_id']}",
         *(f"reach it   --bootstrap {address}" for address in facts["addresses"]),
         f"wallet     {facts['wallet']}",

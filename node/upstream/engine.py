@@ -56,13 +56,13 @@ class ModelTexts:
 
 
 class UpstreamEngine:
-    """See node.ports.Engine. `profile_of`: the profile for the model as the server names it.
+    """See node.ports.Engine. `profile_of`: the profile for what the server was seen to do.
 
     Raises: ValueError from the constructor when the tokenizer is none.
     """
 
     def __init__(
-        self, settings: UpstreamSettings, model: ModelTexts, profile_of: Callable[[str], Profile], clock: Clock
+        self, settings: UpstreamSettings, model: ModelTexts, profile_of: Callable[[Abilities], Profile], clock: Clock
     ) -> None:
         self._settings, self._model, self._profile_of, self._clock = settings, model, profile_of, clock
         self._texts = Texts(model.tokenizer_json)
@@ -112,7 +112,7 @@ class UpstreamEngine:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(server)
             able = await probe(server, settings.model, self._texts, self._model.eos_ids, self._model.bos_id)
-            self._profile = self._profile_of(able.model)
+            self._profile = self._profile_of(able)
             self._able, self._server = able, server
             self._stack = stack.pop_all()
         log.info("serving through an upstream server", extra={"upstream": server.target.base, "abilities": str(able)})
