@@ -1,0 +1,51 @@
+"""A fault proof as one JSON text that travels: readable, self-contained, one spelling per value (as bundle_json.py)."""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from incentives.faults import MOST_BETWEEN, Fault, Proof, SignedReceipt, SignedTariff
+from protocol.bundle_json import MalformedBundle, parse, signed_json
+from protocol.eip712 import Domain
+from protocol.messages import Tariff, WorkReceipt
+from protocol.units import Address, Digest
+
+FORMAT: Final = "tallystick-fault/1"
+
+
+def encode(proof: Proof) -> str:
+    """The proof as JSON, ending in a newline."""
+    tree = {
+        "format": FORMAT,
+        "fault": proof.fault.value,
+        "domain": {"chain_id": str(proof.domain.chain_id), "escrow": "0x" + proof.domain.verifying_contract.hex()},
+        "node_key": "0x" + proof.node_key.hex(),
+        "tariffs": [signed_json(item.tariff, item.signature) for item in proof.tariffs],
+        "receipts": [signed_json(item.receipt, item.signature) for item in proof.receipts],
+        "between": ["0x" + block.hex() for block in proof.between],
+    }
+    return json.dumps(tree, indent=1) + "\n"
+
+
+def decode(text: str) -> Proof:
+    """The inverse of `encode`; every field must be there, of its type, and nothing else. Raises: MalformedBundle."""
+    top = parse(text).object("format", "fault", "domain", "node_key", "tariffs", "receipts", "between")
+    if top["format"].value != FORMAT:
+        raise MalformedBundle("format", f"is {top['format'].value!r}, expected {FORMAT!r}")
+    kinds = {fault.value: fault for fault in Fault}
+    named = top["fault"].value
+    if not isinstance(named, str) or named not in kinds:
+        raise top["fault"].fail(f"must be one of {', '.join(kinds)}")
+    between = top["between"].items()
+    if len(between) > MOST_BETWEEN:
+        raise top["between"].fail(f"must have at most {MOST_BETWEEN} digests")
+    domain = top["domain"].object("chain_id", "escrow")
+    return Proof(
+        Domain(domain["chain_id"].decimal(256), Address(domain["escrow"].hexadecimal(20))),
+        Address(top["node_key"].hexadecimal(20)),
+        kinds[named],
+        tuple(SignedTariff(*item.signed(Tariff)) for item in top["tariffs"].items()),
+        tuple(SignedReceipt(*item.signed(WorkReceipt)) for item in top["receipts"].items()),
+        tuple(Digest(item.hexadecimal(32)) for item in between),
+    )
