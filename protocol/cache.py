@@ -83,12 +83,14 @@ def underreported(kept: WorkReceipt, later: WorkReceipt, tariff: Tariff, between
 
     `kept` is a final receipt that says its prompt is kept, which the tariff promises for `cache_ttl_s` from its end.
     `between`: digests of the later prompt's blocks after the earlier one's: with them the earlier prompt's head leads
-    to the later one's, or nothing is proved. Two receipts and the tariff they name are the whole evidence.
+    to the later one's, or nothing is proved. Two receipts and the tariff they name are the whole evidence. A job that
+    ended before its first token had no prompt looked up, and no job breaks a promise that it made itself.
     """
+    served = later.completion_tokens > 0 and kept.job_id != later.job_id
     same = (kept.provider, kept.client, kept.tariff_hash) == (later.provider, later.client, later.tariff_hash)
     promised = kept.is_kept and kept.is_final and kept.prompt_head != ZERO_DIGEST
     in_time = 0 <= later.received_at - kept.finished_at <= tariff.cache_ttl_s * 1000
-    if not (same and promised and in_time) or chain(kept.prompt_head, between)[-1] != later.prompt_head:
+    if not (served and same and promised and in_time) or chain(kept.prompt_head, between)[-1] != later.prompt_head:
         return 0
     due = min(kept.prompt_tokens // BLOCK_TOKENS * BLOCK_TOKENS, hit_limit(later.prompt_tokens))
     return max(0, due - later.cached_tokens)

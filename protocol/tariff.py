@@ -188,9 +188,14 @@ def promise_missed(tariff: Tariff, tier: Tier, timing: Timing, completion_tokens
 def cost_up(tariff: Tariff, usage: Usage, basis: Basis, timing: Timing) -> Cost:
     """What `usage` costs, all lines, rounded up once.
 
-    Raises: FieldOutOfRange when the total does not fit a voucher or the basis is none of the tariff's; TierNotOffered.
+    Raises: FieldOutOfRange when the total does not fit a voucher, the basis is none of the tariff's, or an embedding
+    job counts cached tokens or output; TierNotOffered.
     """
     embeds = basis.kind is JobKind.EMBED
+    if embeds and usage.cached:
+        raise FieldOutOfRange("Usage", "cached", usage.cached)
+    if embeds and usage.completion:
+        raise FieldOutOfRange("Usage", "completion", usage.completion)
     prompt_line = (usage.prompt - usage.cached) * (tariff.embedding_price if embeds else tariff.prompt_price)
     cached_line = usage.cached * tariff.cached_price
     completion_line = (usage.completion - usage.reasoning) * tariff.completion_price

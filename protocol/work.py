@@ -76,7 +76,8 @@ class Work:
     ) -> Work:
         """The account at acceptance, before any token. `seen_at`: when a client got the acceptance, its Unix ms.
 
-        `heads`: block heads of the prompt, () where the client named no cache.
+        `heads`: block heads of the prompt, () where the client named no cache. An embedding job has none: it is
+        priced by texts, and a head in its receipt would read as a prompt that had to be looked up.
         """
         return cls(
             job_id,
@@ -87,7 +88,7 @@ class Work:
             Transcript.start(job_id),
             Reasoning(profile.reasoning_start, profile.reasoning_end, options.reasoning_open),
             accept.accepted_at,
-            heads=heads,
+            heads=() if request.kind == JobKind.EMBED else heads,
             accepted_seen=seen_at,
         )
 

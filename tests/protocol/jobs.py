@@ -112,7 +112,11 @@ def play(job: Job) -> Iterator[Stage]:
 
 
 rows = st.builds(
-    Row, st.integers(0, (1 << 32) - 1), st.binary(min_size=2, max_size=2), st.binary(min_size=16, max_size=16)
+    Row,
+    st.integers(0, (1 << 32) - 1),
+    st.binary(min_size=2, max_size=2),
+    st.binary(min_size=16, max_size=16),
+    st.just(b""),
 )
 NOT_CHOSEN: Final = (FinishReason.OPEN, FinishReason.LENGTH, FinishReason.ERROR)
 """Reasons a provider does not choose to end by: still running, follows from the count, and nobody pays for it."""

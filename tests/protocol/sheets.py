@@ -98,7 +98,7 @@ def tariffs(draw: st.DrawFn, least_bps: int = 0) -> Tariff:
     context = max(least_bps, draw(multipliers()))
     privacy = max(least_bps, draw(multipliers(MAX_MULTIPLIER_BPS * BPS // max(BPS, context))))
     most = MAX_MULTIPLIER_BPS * BPS**2 // (max(BPS, context) * max(BPS, privacy))
-    base_max = draw(multipliers(min(MAX_MULTIPLIER_BPS, most)))
+    base_max = max(1, draw(multipliers(min(MAX_MULTIPLIER_BPS, most))))
     # at least 1: a tier at zero is not offered
     tier_bps = multipliers(most * BPS // max(BPS, base_max)).map(lambda bps: max(1, bps))
     prompt_price = draw(prices)
@@ -126,7 +126,7 @@ def tariffs(draw: st.DrawFn, least_bps: int = 0) -> Tariff:
         reserved_discount_bps=draw(shares),
         embedding_price=draw(prices),
         cache_ttl_s=draw(st.integers(0, 86_400)),
-        base_min_bps=draw(st.integers(0, base_max)),
+        base_min_bps=draw(st.integers(1, base_max)),
         base_max_bps=base_max,
         valid_from=valid_from,
         valid_until=valid_from + draw(st.integers(1, 2**32)),
@@ -141,6 +141,16 @@ def bases(draw: st.DrawFn, tariff: Tariff) -> Basis:
     if draw(st.booleans()):
         return Basis(kind, tier, draw(st.booleans()), BPS - tariff.reserved_discount_bps, Digest(b"\x77" * 32))
     return Basis(kind, tier, draw(st.booleans()), draw(st.integers(tariff.base_min_bps, tariff.base_max_bps)))
+
+
+@st.composite
+def sales(draw: st.DrawFn, least_bps: int = 0) -> tuple[Tariff, Basis, Usage]:
+    """A tariff, a basis that jobs are sold on under it, and counts that a job of that kind can have."""
+    tariff = draw(tariffs(least_bps))
+    basis = draw(bases(tariff))
+    if basis.kind is JobKind.EMBED:  # reads texts, and neither hits a cache nor writes tokens
+        return tariff, basis, Usage(draw(prompt_counts), 0, 0, 0)
+    return tariff, basis, draw(usages())
 
 
 @st.composite

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from protocol.base_price import base_epoch, next_base
 from protocol.eip712 import Domain, digest, fields_of
 from protocol.errors import BadSignature, FieldOutOfRange, RemoteProtocolError, TariffNotInForce
 from protocol.frames import OfferEnvelope, decode, encode
@@ -44,6 +45,10 @@ OFFER = Offer(
     region_hash=text_hash("eu-west"),
     retention_hours=24,
     verifiability=Verifiability.REPLAY,
+    base_epoch=base_epoch(NOW),
+    base_bps=SHEET.base_min_bps,
+    base_parent_bps=SHEET.base_min_bps,
+    base_utilisation_bps=0,
     expires_at=NOW + 1_800,
 )
 
@@ -98,8 +103,12 @@ def test_any_offer_over_an_admitted_tariff_is_believed(
 ) -> None:
     tariff = replace(sheet, provider=WALLET, profile_id=TARIFF.profile_id)
     now = data.draw(st.integers(tariff.valid_from, tariff.valid_until - 1))
+    parent, busy = data.draw(st.integers(tariff.base_min_bps, tariff.base_max_bps)), data.draw(st.integers(0, BPS))
     offer = replace(
         OFFER,
+        base_bps=next_base(tariff, parent, busy),
+        base_parent_bps=parent,
+        base_utilisation_bps=busy,
         model_hash=text_hash(model),
         region_hash=text_hash(region),
         tariff_hash=digest(DOMAIN, tariff),
@@ -198,6 +207,22 @@ def test_another_text_or_peer_is_refused(changes: dict[str, str]) -> None:
 def test_documents_that_contradict_each_other_are_refused(sealing: Sealing) -> None:
     with pytest.raises(RemoteProtocolError):
         check_envelope(DOMAIN, sealing.envelope(), NOW)
+
+
+@pytest.mark.parametrize(
+    ("field", "base"),
+    [
+        ("base_bps", {"base_bps": SHEET.base_min_bps + 1}),  # does not follow from an idle epoch
+        ("base_bps", {"base_bps": 12_500, "base_parent_bps": 11_000, "base_utilisation_bps": BPS}),  # more than 1/8
+        ("base_bps", {"base_bps": SHEET.base_min_bps - 1, "base_parent_bps": SHEET.base_min_bps}),
+        ("base_bps", {"base_bps": 22_500, "base_parent_bps": 20_000, "base_utilisation_bps": BPS}),  # above the bound
+        ("base_utilisation_bps", {"base_bps": 11_250, "base_utilisation_bps": BPS + 1}),
+    ],
+)
+def test_a_base_multiplier_that_does_not_follow_is_refused(field: str, base: dict[str, int]) -> None:
+    with pytest.raises(FieldOutOfRange) as caught:
+        check_envelope(DOMAIN, seal(offer=replace(OFFER, **base)), NOW)
+    assert caught.value.field == field
 
 
 def test_a_tariff_that_could_overflow_is_refused() -> None:

@@ -15,26 +15,49 @@ from hypothesis import strategies as st
 
 from protocol import tariff as price
 from protocol.eip712 import fields_of
-from protocol.errors import FieldOutOfRange, TariffNotInForce
+from protocol.errors import FieldOutOfRange, TallyError, TariffNotInForce, TierNotOffered
 from protocol.messages import Tariff, WorkReceipt
 from protocol.metering import Usage
-from protocol.tariff import Cost, Timing, check_tariff, cost_up, worst_case_up
-from protocol.units import BPS, MAX_AMOUNT, MAX_PROMPT_TOKENS, ZERO_ADDRESS, ZERO_DIGEST, Tier
-from tests.protocol.sheets import ON_SLOW_CPU, SHEET, tariffs, tiers, timings, usages
+from protocol.tariff import Basis, Cost, Timing, basis_of, check_basis, check_tariff, cost_up, worst_case_up
+from protocol.units import (
+    BPS,
+    MAX_AMOUNT,
+    MAX_PROMPT_TOKENS,
+    ZERO_ADDRESS,
+    ZERO_DIGEST,
+    Digest,
+    FinishReason,
+    JobKind,
+    Tier,
+    Wei,
+)
+from tests.protocol.jobs import REQUEST, START, Job
+from tests.protocol.sheets import BASIS, ON_SLOW_CPU, SHEET, bases, prompt_counts, sales, tariffs, tiers, timings
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "tariff.json").read_text())
 U64, U32 = (1 << 64) - 1, (1 << 32) - 1
 NO_PROMISE = Timing(1, 2, 0)
 
 
-def exact_metered(tariff: Tariff, usage: Usage, tier: Tier, private: bool) -> Fraction:
+RESERVED = Digest(b"\x77" * 32)
+QUIET = Job(REQUEST, SHEET, 0, (), FinishReason.CANCELLED, 0, Wei(0))
+_, RECEIPT = QUIET.begin().receipt(FinishReason.CANCELLED, START, Wei(0))
+
+
+def exact_metered(tariff: Tariff, usage: Usage, basis: Basis) -> Fraction:
     """The formula of the specification, unrounded, written down a second time."""
     tier_bps = {Tier.FLEX: tariff.flex_bps, Tier.STANDARD: tariff.standard_bps, Tier.PRIORITY: tariff.priority_bps}
-    factor = Fraction(tier_bps[tier], 10_000)
+    factor = Fraction(tier_bps[basis.tier], 10_000)
     if usage.prompt > tariff.long_context_threshold:
         factor *= Fraction(tariff.long_context_bps, 10_000)
-    if private:
+    if basis.private:
         factor *= Fraction(tariff.privacy_bps, 10_000)
+    if basis.reservation == ZERO_DIGEST:
+        factor *= Fraction(basis.base_bps, 10_000)
+    else:
+        factor *= 1 - Fraction(tariff.reserved_discount_bps, 10_000)
+    if basis.kind is JobKind.EMBED:
+        return factor * usage.prompt * tariff.embedding_price
     return factor * (
         (usage.prompt - usage.cached) * tariff.prompt_price
         + usage.cached * tariff.cached_price
@@ -51,71 +74,190 @@ def refund_share(tariff: Tariff, tier: Tier) -> Fraction:
 # ------------------------------------------------------------------------------------------------------- the formula
 
 
+Sale = tuple[Tariff, Basis, Usage]
+
+
 @ON_SLOW_CPU
-@given(tariffs(), usages(), tiers, st.booleans())
-def test_cost_is_the_exact_fraction_rounded_up_once(tariff: Tariff, usage: Usage, tier: Tier, private: bool) -> None:
-    cost = cost_up(tariff, usage, tier, Timing(0, 0, 0), private=private)
-    assert cost.total == math.ceil(exact_metered(tariff, usage, tier, private)) + tariff.per_request
+@given(sales())
+def test_cost_is_the_exact_fraction_rounded_up_once(sale: Sale) -> None:
+    tariff, basis, usage = sale
+    cost = cost_up(tariff, usage, basis, Timing(0, 0, 0))
+    assert cost.total == math.ceil(exact_metered(tariff, usage, basis)) + tariff.per_request
     assert cost.refund == 0
 
 
 @ON_SLOW_CPU
-@given(tariffs(), usages(), tiers, st.booleans(), timings())
-def test_every_line_is_exact_and_the_total_is_their_sum(
-    tariff: Tariff, usage: Usage, tier: Tier, private: bool, timing: Timing
-) -> None:
-    cost = cost_up(tariff, usage, tier, timing, private=private)
+@given(sales(), timings())
+def test_every_line_is_exact_and_the_total_is_their_sum(sale: Sale, timing: Timing) -> None:
+    tariff, basis, usage = sale
+    cost = cost_up(tariff, usage, basis, timing)
     lines = cost.prompt_line + cost.cached_line + cost.completion_line + cost.reasoning_line
-    assert Fraction(lines * cost.multiplier, BPS**4) == exact_metered(tariff, usage, tier, private)
+    assert Fraction(lines * cost.multiplier, BPS**4) == exact_metered(tariff, usage, basis)
     assert cost.total == math.ceil(Fraction(lines * cost.multiplier, BPS**4)) + cost.per_request - cost.refund
     assert all(type(value) is int for value in (lines, cost.multiplier, cost.refund, cost.total))
 
 
 @ON_SLOW_CPU
-@given(tariffs(), usages(), tiers, st.booleans(), timings())
-def test_refund_is_the_tiers_share_of_the_metered_part(
-    tariff: Tariff, usage: Usage, tier: Tier, private: bool, timing: Timing
-) -> None:
-    cost = cost_up(tariff, usage, tier, timing, private=private)
-    metered = math.ceil(exact_metered(tariff, usage, tier, private))
-    missed = price.promise_missed(tariff, tier, timing, usage.completion)
-    assert cost.refund == (math.floor(metered * refund_share(tariff, tier)) if missed else 0)
+@given(sales(), timings())
+def test_refund_is_the_tiers_share_of_the_metered_part(sale: Sale, timing: Timing) -> None:
+    tariff, basis, usage = sale
+    cost = cost_up(tariff, usage, basis, timing)
+    metered = math.ceil(exact_metered(tariff, usage, basis))
+    missed = price.promise_missed(tariff, basis.tier, timing, usage.completion)
+    assert cost.refund == (math.floor(metered * refund_share(tariff, basis.tier)) if missed else 0)
     assert 0 <= cost.refund <= metered and cost.total >= tariff.per_request
 
 
 @ON_SLOW_CPU
-@given(tariffs(least_bps=BPS), usages(), tiers, st.booleans(), st.integers(0, 500))
-def test_cost_never_falls_with_a_count(tariff: Tariff, usage: Usage, tier: Tier, private: bool, more: int) -> None:
+@given(sales(least_bps=BPS), st.integers(0, 500))
+def test_cost_never_falls_with_a_count(sale: Sale, more: int) -> None:
     """With long-context and privacy multipliers of at least x1; a tariff may grant a long prompt a discount."""
+    tariff, basis, usage = sale
 
     def total(counts: Usage) -> int:
-        return cost_up(tariff, counts, tier, NO_PROMISE, private=private).total
+        return cost_up(tariff, counts, basis, NO_PROMISE).total
 
     before = total(usage)
     assert total(replace(usage, prompt=usage.prompt + more)) >= before
+    if basis.kind is JobKind.EMBED:
+        return
     assert total(replace(usage, completion=usage.completion + more)) >= before
     assert total(replace(usage, prompt=usage.prompt + more, cached=usage.cached + more)) >= before
     assert total(replace(usage, completion=usage.completion + more, reasoning=usage.reasoning + more)) >= before
 
 
 @ON_SLOW_CPU
-@given(tariffs(), usages(), tiers, st.booleans(), st.data())
-def test_cached_tokens_are_never_dearer(
-    tariff: Tariff, usage: Usage, tier: Tier, private: bool, data: st.DataObject
-) -> None:
+@given(sales(), st.data())
+def test_cached_tokens_are_never_dearer(sale: Sale, data: st.DataObject) -> None:
+    tariff, basis, usage = sale
     fewer = data.draw(st.integers(0, usage.cached))
-    hit = cost_up(tariff, usage, tier, NO_PROMISE, private=private)
-    miss = cost_up(tariff, replace(usage, cached=fewer), tier, NO_PROMISE, private=private)
+    hit = cost_up(tariff, usage, basis, NO_PROMISE)
+    miss = cost_up(tariff, replace(usage, cached=fewer), basis, NO_PROMISE)
     assert hit.total <= miss.total
 
 
 @ON_SLOW_CPU
-@given(tariffs(), usages(), tiers, st.booleans(), timings(), st.integers(0, 100))
-def test_the_worst_case_bounds_every_outcome_of_the_job(
-    tariff: Tariff, usage: Usage, tier: Tier, private: bool, timing: Timing, spare: int
-) -> None:
-    worst = worst_case_up(tariff, usage.prompt, usage.completion + spare, tier, private=private)
-    assert cost_up(tariff, usage, tier, timing, private=private).total <= worst
+@given(sales(), st.integers(0, 10_000))
+def test_a_higher_base_multiplier_is_never_cheaper(sale: Sale, more: int) -> None:
+    tariff, basis, usage = sale
+    assume(basis.reservation == ZERO_DIGEST)
+    dearer = replace(basis, base_bps=min(tariff.base_max_bps, basis.base_bps + more))
+    assert cost_up(tariff, usage, dearer, NO_PROMISE).total >= cost_up(tariff, usage, basis, NO_PROMISE).total
+
+
+@ON_SLOW_CPU
+@given(sales(), timings(), st.integers(0, 100))
+def test_the_worst_case_bounds_every_outcome_of_the_job(sale: Sale, timing: Timing, spare: int) -> None:
+    tariff, basis, usage = sale
+    worst = worst_case_up(tariff, usage.prompt, usage.completion + spare, basis)
+    assert cost_up(tariff, usage, basis, timing).total <= worst
+
+
+@given(sales(), st.sampled_from(["cached", "completion"]), st.integers(1, 500))
+def test_an_embedding_job_has_no_other_lines(sale: Sale, count: str, more: int) -> None:
+    """It reads; a receipt that prices hits or output on top is no receipt of that job."""
+    tariff, basis, _ = sale
+    usage = replace(Usage(1_000, 0, 0, 0), **{count: more})
+    with pytest.raises(FieldOutOfRange) as caught:
+        cost_up(tariff, usage, replace(basis, kind=JobKind.EMBED), NO_PROMISE)
+    assert (caught.value.field, caught.value.value) == (count, more)
+
+
+# -------------------------------------------------------------------------------------------------- what is sold at all
+
+
+ALL_FREE = dict.fromkeys(price.PRICES, 0)
+
+
+@given(tariffs(), st.data())
+def test_a_free_tariff_is_admitted_and_costs_nothing(sheet: Tariff, data: st.DataObject) -> None:
+    free = replace(sheet, **ALL_FREE)
+    check_tariff(free)
+    basis = data.draw(bases(free))
+    prompts, completions = data.draw(prompt_counts), data.draw(prompt_counts)
+    usage = Usage(prompts, 0, 0 if basis.kind is JobKind.EMBED else completions, 0)
+    assert cost_up(free, usage, basis, data.draw(timings())).total == 0
+    assert worst_case_up(free, prompts, completions, basis) == 0
+
+
+def refused(tariff: Tariff, basis: Basis) -> list[TallyError]:
+    """What each way to a price says of a basis that nothing is sold on; [] from one that gives a price all the same."""
+    errors: list[TallyError] = []
+    ways = (
+        lambda: check_basis(tariff, basis),
+        lambda: cost_up(tariff, Usage(0, 0, 0, 0), basis, NO_PROMISE),
+        lambda: cost_up(tariff, Usage(10, 0, 0, 0), basis, NO_PROMISE),
+        lambda: worst_case_up(tariff, 10, 10, basis),
+        lambda: price.multiplier_of(tariff, basis, 10),
+    )
+    for way in ways:
+        with pytest.raises(TallyError) as caught:
+            way()
+        errors.append(caught.value)
+    return errors
+
+
+@given(sales(), tiers)
+def test_a_tier_without_a_multiplier_is_not_sold_at_any_price(sale: Sale, tier: Tier) -> None:
+    """Fail closed: zero is no discount."""
+    tariff, basis, _ = sale
+    sheet = replace(tariff, **{f"{tier.name.lower()}_bps": 0})
+    check_tariff(sheet)
+    for error in refused(sheet, replace(basis, tier=tier)):
+        assert isinstance(error, TierNotOffered) and error.tier == tier.name.lower()
+    for other in set(Tier) - {tier}:
+        check_basis(sheet, replace(basis, tier=other))
+
+
+def test_a_sheet_without_a_tier_is_refused() -> None:
+    with pytest.raises(FieldOutOfRange):
+        check_tariff(replace(SHEET, flex_bps=0, standard_bps=0, priority_bps=0))
+
+
+@pytest.mark.parametrize("base_bps", [0, 1, SHEET.base_min_bps - 1, SHEET.base_max_bps + 1, 1 << 31])
+@pytest.mark.parametrize("kind", [JobKind.GENERATE, JobKind.EMBED])
+def test_a_base_multiplier_out_of_bounds_is_not_sold(base_bps: int, kind: JobKind) -> None:
+    for error in refused(SHEET, Basis(kind, base_bps=base_bps)):
+        assert isinstance(error, FieldOutOfRange) and (error.field, error.value) == ("base_bps", base_bps)
+
+
+@pytest.mark.parametrize("base_bps", [0, 7_999, 8_001, 10_000, SHEET.base_max_bps])
+def test_a_reservation_buys_the_reserved_price_and_no_other(base_bps: int) -> None:
+    """SHEET gives 20 % off: x0.8, below its own lower bound, and only under a reservation."""
+    for error in refused(SHEET, Basis(base_bps=base_bps, reservation=RESERVED)):
+        assert isinstance(error, FieldOutOfRange) and error.field == "base_bps"
+    check_basis(SHEET, Basis(base_bps=8_000, reservation=RESERVED))
+    assert refused(SHEET, Basis(base_bps=8_000))
+
+
+@pytest.mark.parametrize("document", [REQUEST, None], ids=["request", "receipt"])
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"kind": 3}, "kind"),
+        ({"kind": 255}, "kind"),
+        ({"tier": 3}, "tier"),
+        ({"kind": JobKind.BATCH, "tier": Tier.STANDARD}, "tier"),
+        ({"kind": JobKind.BATCH, "tier": Tier.PRIORITY}, "tier"),
+    ],
+)
+def test_a_basis_that_no_sheet_knows_is_refused(document: Any, changes: dict[str, int], field: str) -> None:
+    with pytest.raises(FieldOutOfRange) as caught:
+        basis_of(replace(document or RECEIPT, **changes))
+    assert (caught.value.document, caught.value.field) == ("JobRequest" if document else "WorkReceipt", field)
+
+
+@given(sales())
+def test_a_request_and_its_receipt_name_the_same_basis(sale: Sale) -> None:
+    _, basis, _ = sale
+    names = {
+        "kind": int(basis.kind),
+        "tier": int(basis.tier),
+        "is_private": basis.private,
+        "base_bps": basis.base_bps,
+        "reservation": basis.reservation,
+    }
+    assert basis_of(replace(REQUEST, **names)) == basis_of(replace(RECEIPT, **names)) == basis
 
 
 # ------------------------------------------------------------------------------------------------------- the promises
@@ -166,12 +308,11 @@ def test_in_force(now: int) -> None:
 
 
 @ON_SLOW_CPU
-@given(tariffs(), usages(), tiers, st.booleans(), timings())
-def test_an_admitted_tariff_fits_a_receipt(
-    tariff: Tariff, usage: Usage, tier: Tier, private: bool, timing: Timing
-) -> None:
+@given(sales(), timings())
+def test_an_admitted_tariff_fits_a_receipt(sale: Sale, timing: Timing) -> None:
+    tariff, basis, usage = sale
     check_tariff(tariff)
-    cost = cost_up(tariff, usage, tier, timing, private=private)
+    cost = cost_up(tariff, usage, basis, timing)
     types = dict(fields_of(WorkReceipt))
     for name, _ in Cost.__dataclass_fields__.items():
         assert 0 <= getattr(cost, name) < 1 << int(types[name].removeprefix("uint"))
@@ -180,8 +321,9 @@ def test_an_admitted_tariff_fits_a_receipt(
 def dearest(**changes: int) -> Tariff:
     """Every price at its bound and the multipliers' product at its own."""
     top = price.MAX_PRICE
-    amounts = dict.fromkeys(("prompt_price", "cached_price", "completion_price", "reasoning_price", "per_request"), top)
+    amounts = dict.fromkeys(price.PRICES, top)
     largest = {"priority_bps": price.MAX_MULTIPLIER_BPS, "long_context_bps": BPS, "privacy_bps": BPS}
+    largest |= {"base_min_bps": BPS, "base_max_bps": BPS}
     return replace(SHEET, **(amounts | largest | changes))
 
 
@@ -191,6 +333,7 @@ def dearest(**changes: int) -> Tariff:
         {"priority_bps": 100 * BPS},
         {"priority_bps": BPS, "long_context_bps": 100 * BPS, "long_context_threshold": 0},
         {"priority_bps": BPS, "privacy_bps": 100 * BPS},
+        {"priority_bps": BPS, "base_max_bps": 100 * BPS, "standard_bps": BPS},
         {
             "priority_bps": 10 * BPS,
             "long_context_bps": 10 * BPS,
@@ -204,9 +347,10 @@ def test_the_dearest_admitted_tariff_at_the_longest_context_fits(multipliers: di
     tariff = dearest(**multipliers)
     check_tariff(tariff)
     longest = Usage(MAX_PROMPT_TOKENS, 0, MAX_PROMPT_TOKENS, 0)
-    cost = cost_up(tariff, longest, Tier.PRIORITY, NO_PROMISE, private=True)
+    basis = Basis(tier=Tier.PRIORITY, private=True, base_bps=tariff.base_max_bps)
+    cost = cost_up(tariff, longest, basis, NO_PROMISE)
     assert cost.multiplier == 100 * BPS**4 <= U64
-    assert worst_case_up(tariff, MAX_PROMPT_TOKENS, MAX_PROMPT_TOKENS, Tier.PRIORITY, private=True) <= MAX_AMOUNT
+    assert worst_case_up(tariff, MAX_PROMPT_TOKENS, MAX_PROMPT_TOKENS, basis) <= MAX_AMOUNT
     assert cost.total <= MAX_AMOUNT
 
 
@@ -217,12 +361,20 @@ def test_a_line_of_any_count_fits_uint96() -> None:
 
 def test_a_total_beyond_a_voucher_is_refused() -> None:
     with pytest.raises(FieldOutOfRange) as caught:
-        cost_up(dearest(), Usage(U32, 0, U32, 0), Tier.PRIORITY, NO_PROMISE, private=False)
+        cost_up(dearest(), Usage(U32, 0, U32, 0), replace(BASIS, tier=Tier.PRIORITY), NO_PROMISE)
     assert (caught.value.document, caught.value.field) == ("WorkReceipt", "total")
 
 
-PRICES = ("prompt_price", "cached_price", "completion_price", "reasoning_price", "per_request")
-FACTORS = ("flex_bps", "standard_bps", "priority_bps", "long_context_bps", "privacy_bps")
+PRICES = ("prompt_price", "cached_price", "completion_price", "reasoning_price", "embedding_price", "per_request")
+FACTORS = (
+    "flex_bps",
+    "standard_bps",
+    "priority_bps",
+    "long_context_bps",
+    "privacy_bps",
+    "base_min_bps",
+    "base_max_bps",
+)
 SHARES = ("flex_refund_bps", "standard_refund_bps", "priority_refund_bps", "reserved_discount_bps")
 
 
@@ -239,13 +391,23 @@ def test_a_field_beyond_its_bound_is_refused(field: str, beyond: int) -> None:
 @given(st.data())
 def test_a_product_of_multipliers_beyond_x100_is_refused(data: st.DataObject) -> None:
     factors = {name: data.draw(st.integers(BPS, price.MAX_MULTIPLIER_BPS)) for name in FACTORS}
+    assume(factors["base_min_bps"] <= factors["base_max_bps"])
     product = max(factors[name] for name in FACTORS[:3]) * factors["long_context_bps"] * factors["privacy_bps"]
-    assume(product > 100 * BPS**3)
+    assume(product * factors["base_max_bps"] > 100 * BPS**4)
     with pytest.raises(FieldOutOfRange):
         check_tariff(replace(SHEET, **factors))
 
 
-@pytest.mark.parametrize("changes", [{"cached_price": 1_001}, {"valid_until": SHEET.valid_from}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cached_price": 1_001},
+        {"valid_until": SHEET.valid_from},
+        {"base_min_bps": 0},
+        {"base_max_bps": SHEET.base_min_bps - 1},
+        {"base_min_bps": SHEET.base_max_bps + 1},
+    ],
+)
 def test_a_sheet_that_contradicts_itself_is_refused(changes: dict[str, int]) -> None:
     with pytest.raises(FieldOutOfRange):
         check_tariff(replace(SHEET, **changes))
@@ -267,13 +429,22 @@ def test_vectors_start_from_the_sheet_of_these_tests() -> None:
 def test_cost_vectors(case: dict[str, Any]) -> None:
     pre = case["pre"]
     tariff = sheet_of(pre["tariff"])
-    arguments = (Usage(**pre["usage"]), Tier[pre["tier"].upper()], Timing(**pre["timing"]))
+    basis = Basis(
+        JobKind[pre["kind"].upper()],
+        Tier[pre["tier"].upper()],
+        pre["private"],
+        pre["base_bps"],
+        Digest(bytes.fromhex(pre["reservation"])),
+    )
+    usage, timing = Usage(**pre["usage"]), Timing(**pre["timing"])
     if "post" not in case:
-        with pytest.raises(FieldOutOfRange):
-            cost_up(tariff, *arguments, private=pre["private"])
+        with pytest.raises((FieldOutOfRange, TierNotOffered)):
+            cost_up(tariff, usage, basis, timing)
         return
     expected = Cost(**{name: int(value) for name, value in case["post"].items()})
-    assert cost_up(tariff, *arguments, private=pre["private"]) == expected
+    assert cost_up(tariff, usage, basis, timing) == expected
+    metered = math.ceil(exact_metered(tariff, usage, basis))
+    assert expected.total == metered + tariff.per_request - expected.refund
 
 
 @pytest.mark.parametrize("case", VECTORS["check"], ids=lambda case: case["name"])
