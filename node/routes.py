@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from incentives.ledger import Role
 from node.ports import Chain, ChainError, JobRow, MarketEntry, Marketplace, ReceiptRow, Store
+from node.reference import References
 from protocol.bundle import Bundle, Notch
-from protocol.bundle_json import decode, encode
+from protocol.bundle_json import decode, document_json, encode
 from protocol.eip712 import Domain, digest
 from protocol.errors import TallyError
 from protocol.messages import Profile, Tariff
@@ -67,11 +68,17 @@ def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
 
 
 def market_routes(marketplace: Marketplace, chain: Chain) -> dict[str, Route]:
-    """`market`, answered by a running client."""
+    """`market`, answered by a running client. With `measure` each offer has its `reference`; `text`: counted as well."""
+    references = References(marketplace)
 
     async def market(params: dict[str, Any]) -> dict[str, Any]:
         entries = [entry for entry in await marketplace.market() if params.get("model") in (None, entry.model)]
-        return {"offers": await offers_json(entries, chain)}
+        offers = await offers_json(entries, chain)
+        if params.get("measure"):
+            await references.learn(entries)
+            for entry, offer in zip(entries, offers, strict=True):
+                offer["reference"] = await references.as_json(entry.profile, params.get("text"))
+        return {"offers": offers}
 
     return {"market": market}
 
@@ -247,11 +254,15 @@ def _offer_json(entry: MarketEntry, stake: int | None) -> dict[str, Any]:
         "model": entry.model,
         "provider": _hex(entry.provider),
         "peer_id": entry.peer_id,
+        "profile": _hex(entry.profile),
         "prompt_wei": str(tariff.prompt_price),
         "cached_wei": str(tariff.cached_price),
         "completion_wei": str(tariff.completion_price),
         "reasoning_wei": str(tariff.reasoning_price),
         "per_request_wei": str(tariff.per_request),
+        "tariff": document_json(tariff),
+        "base_bps": entry.base_bps,
+        "verifiability": entry.verifiability.name.lower(),
         "tier_bps": {"flex": tariff.flex_bps, "standard": tariff.standard_bps, "priority": tariff.priority_bps},
         "slots": entry.slots,
         "load_bps": entry.load_bps,

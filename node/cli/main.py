@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "run": ("node.cli.run:run", "Send one prompt and stream the answer."),
     "market": ("node.cli.market:market", "What is on offer, at which price."),
     "receipts": ("node.cli.receipts:receipts", "List, show, verify and export receipts."),
+    "reservation": ("node.cli.reservation:reservation", "Capacity bought or sold ahead."),
     "wallet": ("node.cli.wallet:wallet", "Balance, escrow channels, transfers."),
     "status": ("node.cli.status:status", "What runs in this home."),
     "doctor": ("node.cli.doctor:doctor", "Check this node from the keys to the chain."),

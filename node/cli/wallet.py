@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import click
 
 from node.cli import money
 from node.cli.failures import CommandFailed
+from node.cli.onchain import confirm, need_wallet, run_quietly, session_key, transact, yes_option
 from node.cli.params import Amount, WalletAddress
 from node.cli.session import Session, emit, hexed, json_option, pass_session
 from node.cli.tables import short, table
@@ -40,8 +40,8 @@ def wallet() -> None:
 @pass_session
 def show(session: Session, as_json: bool) -> None:
     """Address, balance, stake, earnings, and the escrow channels the journal knows."""
-    config = _need_wallet(session)
-    facts = _run(session, config, _facts(session, config))
+    config = need_wallet(session)
+    facts = run_quietly(session, config, _facts(session, config))
     if as_json:
         emit(facts)
         return
@@ -165,28 +165,13 @@ def _save(session: Session, secret: bytes, as_json: bool) -> None:
         click.echo(f"Copy {config.keys_dir} and the password file to a safe place: nobody can restore them.", err=True)
 
 
-def _need_wallet(session: Session) -> NodeConfig:
-    from node.keys import key_path
-
-    config = session.load()
-    if not key_path(config.keys_dir, "wallet").exists():
-        raise CommandFailed(
-            f"there is no wallet in {config.home}",
-            kept="nothing was made",
-            do="`tally init` makes a home with one; `tally wallet create` or `import` makes only the wallet",
-        )
-    return config
-
-
 # ---------------------------------------------------------------------------------------------------------------- money
-
-_yes = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 @wallet.command()
 @click.argument("provider", type=WalletAddress())
 @click.argument("amount", type=Amount())
-@_yes
+@yes_option
 @json_option
 @pass_session
 def deposit(session: Session, provider: Address, amount: Wei, yes: bool, as_json: bool) -> None:
@@ -194,18 +179,18 @@ def deposit(session: Session, provider: Address, amount: Wei, yes: bool, as_json
 
     Not needed in everyday use: a channel is opened and topped up by itself, `client.deposit` at a time.
     """
-    config = _need_wallet(session)
-    _ask(yes, f"put {money.amount(amount)} into escrow with {hexed(provider)}")
+    config = need_wallet(session)
+    confirm(yes, f"put {money.amount(amount)} into escrow with {hexed(provider)}")
 
     async def act(chain: Web3Chain, _: Signer) -> Mined:
-        return await chain.open_channel(provider, (await _session_key(config)).secret, amount)
+        return await chain.open_channel(provider, (await session_key(config)).secret, amount)
 
-    _transact(session, config, act, as_json)
+    transact(session, config, act, as_json)
 
 
 @wallet.command()
 @click.argument("provider", type=WalletAddress())
-@_yes
+@yes_option
 @json_option
 @pass_session
 def withdraw(session: Session, provider: Address, yes: bool, as_json: bool) -> None:
@@ -216,11 +201,11 @@ def withdraw(session: Session, provider: Address, yes: bool, as_json: bool) -> N
     """
     from incentives.ledger import ChannelKey
 
-    config = _need_wallet(session)
-    _ask(yes, f"take back what is left in the channel with {hexed(provider)}")
+    config = need_wallet(session)
+    confirm(yes, f"take back what is left in the channel with {hexed(provider)}")
 
     async def act(chain: Web3Chain, _: Signer) -> Mined:
-        key = ChannelKey(provider, (await _session_key(config)).address)
+        key = ChannelKey(provider, (await session_key(config)).address)
         slot = await chain.slot(key)
         if slot is None or slot.deposit == slot.claimed:
             raise CommandFailed(f"no escrow is left with {hexed(provider)}", kept="nothing was sent")
@@ -240,7 +225,7 @@ def withdraw(session: Session, provider: Address, yes: bool, as_json: bool) -> N
             )
         return await chain.exit(key)
 
-    _transact(session, config, act, as_json)
+    transact(session, config, act, as_json)
 
 
 @wallet.command()
@@ -248,7 +233,7 @@ def withdraw(session: Session, provider: Address, yes: bool, as_json: bool) -> N
 @pass_session
 def collect(session: Session, as_json: bool) -> None:
     """Bring a provider's settled earnings from the Escrow contract into the wallet."""
-    config = _need_wallet(session)
+    config = need_wallet(session)
 
     async def act(chain: Web3Chain, me: Signer) -> Mined:
         earned = await chain.earned(me.address)
@@ -257,13 +242,13 @@ def collect(session: Session, as_json: bool) -> None:
         click.echo(f"collecting {money.amount(earned)}", err=True)
         return await chain.collect(me.address)
 
-    _transact(session, config, act, as_json)
+    transact(session, config, act, as_json)
 
 
 @wallet.command()
 @click.argument("to", type=WalletAddress())
 @click.argument("amount", type=Amount())
-@_yes
+@yes_option
 @json_option
 @pass_session
 def send(session: Session, to: Address, amount: Wei, yes: bool, as_json: bool) -> None:
@@ -272,55 +257,10 @@ def send(session: Session, to: Address, amount: Wei, yes: bool, as_json: bool) -
     \b
     tally wallet send 0x52908400098527886E0F7030069857D2E4169EE7 2.5
     """
-    config = _need_wallet(session)
-    _ask(yes, f"send {money.amount(amount)} to {hexed(to)}")
+    config = need_wallet(session)
+    confirm(yes, f"send {money.amount(amount)} to {hexed(to)}")
 
     async def act(chain: Web3Chain, _: Signer) -> Mined:
         return await chain.transfer(to, amount)
 
-    _transact(session, config, act, as_json)
-
-
-def _ask(yes: bool, what: str) -> None:
-    """Raises: Abort when the answer is no."""
-    if not yes:
-        click.confirm(f"{what[0].upper()}{what[1:]}?", abort=True, err=True)
-
-
-async def _session_key(config: NodeConfig) -> Signer:
-    import asyncio
-
-    from node.app import password_of
-    from node.keys import load_or_create
-
-    return await asyncio.to_thread(load_or_create, config.keys_dir, "session", password_of(config))
-
-
-def _transact(
-    session: Session, config: NodeConfig, act: Callable[[Web3Chain, Signer], Awaitable[Mined]], as_json: bool
-) -> None:
-    async def work() -> Mined:
-        from node.app import wallet_chain
-
-        async with wallet_chain(config) as (chain, me):
-            return await act(chain, me)
-
-    mined: Mined = _run(session, config, work())
-    if as_json:
-        emit(
-            {
-                "transaction": hexed(mined.transaction),
-                "block": mined.block,
-                "gas": mined.gas,
-                "gas_wei": str(mined.gas_wei),
-            }
-        )
-    else:
-        click.echo(f"done in block {mined.block}: transaction {hexed(mined.transaction)}")
-
-
-def _run(session: Session, config: NodeConfig, work: Any) -> Any:
-    from node.cli.running import run
-
-    session.log(config, serving=False)
-    return run(work)
+    transact(session, config, act, as_json)

@@ -193,6 +193,7 @@ class Provider:
             "role": "provider",
             "wallet": "0x" + self._wallet.hex(),
             "model": self._settings.texts.model,
+            "profile": "0x" + self._settings.tariff.profile_id.hex(),
             "jobs_running": self.server.running,
             "jobs_served": self.server.jobs_served,
             "tokens_served": self.server.tokens_served,
