@@ -7,7 +7,6 @@ travel as bytes beside the request, and `options_hash` is over those bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from enum import IntEnum
 from typing import Annotated, Final
 
@@ -111,17 +110,3 @@ def penalty_milli(options: JobOptions, count: int) -> int:
     frequency * count + presence * (count > 0). Source: OpenAI API reference, "Frequency and presence penalties".
     """
     return options.frequency_milli * count + (options.presence_milli if count else 0)
-
-
-def adjusted(
-    logits: Mapping[int, float], options: JobOptions, counts: Mapping[int, int], banned: frozenset[int]
-) -> dict[int, float]:
-    """Logits as the sampling rule reads them: penalties taken off, then banned tokens at minus infinity.
-
-    `counts`: output tokens so far, `continued` ones included. `banned`: stops and EOS before `min_tokens`, and what
-    the grammar forbids here. The reference other implementations meet.
-    """
-    return {
-        token: float("-inf") if token in banned else logit - penalty_milli(options, counts.get(token, 0)) / PENALTY_ONE
-        for token, logit in logits.items()
-    }

@@ -28,10 +28,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from protocol.errors import FieldOutOfRange
+from protocol.options import PENALTY_ONE, JobOptions, penalty_milli
 from protocol.units import Digest
 
 SAMPLER_VERSION: Final = "tally/sampler/gumbel-lowbias32/2"
@@ -115,6 +116,20 @@ def gumbel(word: int) -> float:
 def noise(seed: bytes, position: int, token_id: int) -> float:
     """g(position, token id). `position`: absolute index, in the sequence, of the token being sampled."""
     return gumbel(mix(noise_keys(seed, position), token_id))
+
+
+def adjusted(
+    logits: Mapping[int, float], options: JobOptions, counts: Mapping[int, int], banned: frozenset[int]
+) -> dict[int, float]:
+    """Logits as the sampling rule reads them: penalties taken off, then banned tokens at minus infinity.
+
+    `counts`: output tokens so far, `continued` ones included. `banned`: stops and EOS before `min_tokens`, and what
+    the grammar forbids here. The reference other implementations meet.
+    """
+    return {
+        token: float("-inf") if token in banned else logit - penalty_milli(options, counts.get(token, 0)) / PENALTY_ONE
+        for token, logit in logits.items()
+    }
 
 
 def _scores(logits: Sequence[float], seed: bytes, position: int, temperature_micro: int) -> list[float]:
