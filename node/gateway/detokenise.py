@@ -26,18 +26,40 @@ _BYTES = _byte_alphabet()
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that might have come, as it would have read. `logprob`: natural logarithm."""
+
+    data: bytes
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        return self.data.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True, slots=True)
 class TokenText:
     """One token as it reads. `data`: its bytes (perhaps part of a character). `offset`: characters of text before it.
-    `logprob`: natural logarithm."""
+    `logprob`: natural logarithm. `alternatives`: the likeliest tokens at its place, likeliest first."""
 
     token_id: int
     data: bytes
     logprob: float
     offset: int
+    alternatives: tuple[Alternative, ...] = ()
 
     @property
     def text(self) -> str:
         return self.data.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token as it arrived. `alternatives`: (token id, logprob), likeliest first."""
+
+    id: int
+    logprob: float = 0.0
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +71,37 @@ class Piece:
 
 
 class Detokeniser:
-    """Token ids in, text out, one token at a time. Each call costs the same however long the stream is."""
+    """Token ids in, text out, one token at a time. Each call costs the same however long the stream is.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    `shown`: control tokens whose text is wanted all the same. `hidden`: tokens that are no text here.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, shown: frozenset[int] = frozenset(), hidden: frozenset[int] = frozenset()
+    ) -> None:
         self._vocabulary = vocabulary
+        self._silent = (vocabulary.silent_ids - shown) | hidden
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._previous: int | None = None
 
     def push(self, token_id: int) -> tuple[str, bytes]:
         """The text that became certain, and the token's own bytes (b"" for tokens that are not shown)."""
-        vocabulary = self._vocabulary
-        if token_id in vocabulary.silent_ids:
+        if token_id in self._silent:
             return "", b""
-        if vocabulary.byte_level:
-            data = self._byte_level(token_id)
-            return self._utf8.decode(data), data
-        if token_id in vocabulary.byte_tokens:
-            data = bytes((vocabulary.byte_tokens[token_id],))
+        data = self.spell(token_id)
+        if self._vocabulary.byte_level or token_id in self._vocabulary.byte_tokens:
             return self._utf8.decode(data), data
         held = self._utf8.decode(b"", final=True)  # a character of the text ends an unfinished byte sequence
-        text = self._spelled(token_id)
-        return held + text, text.encode("utf-8", "replace")
+        self._previous = token_id
+        return held + data.decode(), data
+
+    def spell(self, token_id: int) -> bytes:
+        """The bytes that a token would add here, also one that is not shown."""
+        if self._vocabulary.byte_level:
+            return self._byte_level(token_id)
+        if token_id in self._vocabulary.byte_tokens:
+            return bytes((self._vocabulary.byte_tokens[token_id],))
+        return self._spelled(token_id).encode("utf-8", "replace")
 
     def finish(self) -> str:
         """What was held back: U+FFFD when the stream ended inside a character, else nothing."""
@@ -86,8 +118,7 @@ class Detokeniser:
 
     def _spelled(self, token_id: int) -> str:
         """What the token adds to the text after its predecessor; decoders treat the first token of a text apart."""
-        decoder = self._vocabulary.decoder
-        previous, self._previous = self._previous, token_id
+        decoder, previous = self._vocabulary.decoder, self._previous
         if previous is None:
             return str(decoder.decode([token_id], skip_special_tokens=False))
         before = str(decoder.decode([previous], skip_special_tokens=False))
@@ -131,11 +162,23 @@ class StopFilter:
 
 
 class TextStream:
-    """One generation's text as it comes. `stopped`: the stop string that ended it, if one did."""
+    """One generation's text as it comes. `stopped`: the stop string that ended it, if one did.
 
-    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = ()) -> None:
-        self._detokeniser = Detokeniser(vocabulary)
+    `free`: how many tokens come before stop strings count. `shown`, `hidden`: as in Detokeniser.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        stops: Sequence[str] = (),
+        *,
+        free: int = 0,
+        shown: frozenset[int] = frozenset(),
+        hidden: frozenset[int] = frozenset(),
+    ) -> None:
+        self._detokeniser = Detokeniser(vocabulary, shown, hidden)
         self._filter = StopFilter(stops)
+        self.free = free
         self._waiting: deque[TokenText] = deque()
         self._decoded = 0
         self._shown = 0
@@ -144,18 +187,19 @@ class TextStream:
     def stopped(self) -> str | None:
         return self._filter.matched
 
-    def push(self, token_ids: Sequence[int], logprobs: Sequence[float] = ()) -> Piece:
+    def push(self, tokens: Sequence[Token]) -> Piece:
         """Take tokens in order. Those after a completed stop string are ignored."""
         texts: list[str] = []
-        for index, token_id in enumerate(token_ids):
+        for token in tokens:
             if self.stopped is not None:
                 break
-            text, data = self._detokeniser.push(token_id)
+            likeliest = tuple(Alternative(self._detokeniser.spell(other), at) for other, at in token.alternatives)
+            text, data = self._detokeniser.push(token.id)
             if data:
-                logprob = logprobs[index] if index < len(logprobs) else 0.0
-                self._waiting.append(TokenText(token_id, data, logprob, self._decoded))
+                self._waiting.append(TokenText(token.id, data, token.logprob, self._decoded, likeliest))
             self._decoded += len(text)
-            texts.append(self._filter.push(text))
+            texts.append(text if self.free > 0 else self._filter.push(text))
+            self.free -= 1
         return self._release("".join(texts))
 
     def finish(self) -> Piece:

@@ -11,10 +11,10 @@ from typing import Final
 
 import msgspec
 
-from node.gateway.text import TemplateRefused
+from node.gateway.template import TemplateRefused
 from node.gateway.vocabulary import CardUnusable
 from node.ports import InsufficientFunds, JobFailed, NoProvider
-from protocol.errors import Refused, TallyError
+from protocol.errors import Refused, TallyError, TierNotOffered
 from protocol.frames import RefusalCode
 from protocol.units import FinishReason
 
@@ -153,6 +153,8 @@ def from_tally(exc: TallyError) -> ApiError:
         return ApiError(503, "server_error", "no_provider", str(exc), retry_after_s=BUSY_RETRY_S)
     if isinstance(exc, JobFailed):
         return ApiError(503, "server_error", "job_failed", str(exc))
+    if isinstance(exc, TierNotOffered):
+        return invalid("service_tier", f"{exc}. Nothing was sent or paid.", "tier_not_offered")
     if isinstance(exc, TemplateRefused):
         return invalid("messages", str(exc), "chat_template_refused")
     if isinstance(exc, CardUnusable):

@@ -6,43 +6,48 @@ answer is complete only when the job's own end said so.
 
 from __future__ import annotations
 
-import asyncio
-from collections import OrderedDict
+import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final
 
+import msgspec
+from msgspec import structs
+
 from node.gateway import errors
-from node.gateway.detokenise import Piece, TextStream, TokenText
+from node.gateway.detokenise import Token
+from node.gateway.gate import Gate
 from node.gateway.limits import Limits
+from node.gateway.models import Models
+from node.gateway.price import Price, price_json, price_up
+from node.gateway.reading import Part as Piece
+from node.gateway.reading import Reader, Reading
 from node.gateway.replies import Progress, Reply
-from node.gateway.requests import Call
+from node.gateway.requests import Call, Kind
+from node.gateway.terms import Terms
 from node.gateway.text import TextCodec
-from node.gateway.waiting import within
+from node.gateway.tools import NO_TOOLS, call_schema
 from node.ports import (
     Clock,
     Entropy,
-    JobDone,
     JobEvent,
-    JobPaid,
     JobSpec,
-    JobStarted,
     JobTokens,
     Marketplace,
     ModelCard,
-    NoProvider,
 )
 from protocol.errors import TallyError
-from protocol.options import JobOptions
-from protocol.units import FinishReason
+from protocol.metering import Reasoning, opens_reasoning
+from protocol.options import JobOptions, Syntax
+from protocol.units import Wei
 
-KEPT_CODECS: Final = 4
-"""Models whose tokenizers stay loaded. One of a large vocabulary takes about 100 MB and a second to load."""
+DEADLINE_S: Final = 600.0
+"""How long an answer may take that somebody waits for. Unit: s. OpenAI's SDKs give up after as long."""
 
-_FINISH: Final = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
-"""The ends that OpenAI's finish_reason knows. Every other end is an error."""
+BATCH_DEADLINE_S: Final = 4 * 3600.0
+"""How long a batch job may take. Unit: s. It runs where nothing else wants to; doubling it doubles how long the escrow
+for it stays reserved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,147 +63,202 @@ Part = Head | bytes
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A call with its model's card at hand and its prompt in tokens: ready to be sent."""
+    """A call with its model's card at hand and its prompt in tokens: ready to be sent. `price`: its worst cases."""
 
     call: Call
     card: ModelCard
     codec: TextCodec
     spec: JobSpec
+    reading: Reading
+    price: Price | None
+
+
+@dataclass(frozen=True, slots=True)
+class Purse:
+    """What a gateway allows each request, and how it keeps their caches apart. `most`: wei, None for no limit here.
+
+    `secret`: drawn when the gateway starts, so a prompt cache that was asked for by key is lost when it stops.
+    """
+
+    most: Wei | None
+    secret: bytes
+
+    def ceiling(self, terms: Terms) -> Wei | None:
+        """The most that a request may cost: its own limit, never above the gateway's."""
+        limits = [limit for limit in (terms.max_price, self.most) if limit is not None]
+        return min(limits, default=None)
+
+    def cache_salt(self, terms: Terms, owner: str) -> bytes:
+        """Whose prompt cache a request shares: one per API key and `prompt_cache_key`, b"" for the common one."""
+        if not terms.cache_key:
+            return b""
+        key = owner.encode() + b"\0" + terms.cache_key.encode("utf-8", "replace")
+        return hashlib.sha256(b"tally/prompt-cache-key/1" + self.secret + key).digest()
 
 
 class Jobs:
     """Prepares and runs calls on one marketplace, a bounded number at a time."""
 
-    def __init__(self, marketplace: Marketplace, clock: Clock, entropy: Entropy, limits: Limits) -> None:
+    def __init__(
+        self,
+        marketplace: Marketplace,
+        models: Models,
+        gate: Gate,
+        purse: Purse,
+        clock: Clock,
+        entropy: Entropy,
+        limits: Limits,
+    ) -> None:
         self._marketplace = marketplace
+        self._models = models
+        self._gate = gate
+        self._purse = purse
         self._clock = clock
         self._entropy = entropy
         self._limits = limits
-        self._codecs: OrderedDict[bytes, asyncio.Future[TextCodec]] = OrderedDict()
-        self.running = 0
 
     # ------------------------------------------------------------------------------------------------ prepare
 
-    async def prepare(self, call: Call) -> Prepared:
+    async def prepare(self, call: Call, owner: str) -> Prepared:
         """Find the model and turn the prompt into tokens. Raises: ApiError; nothing was sent or paid."""
-        try:
-            card = await self._marketplace.card(call.model)
-        except NoProvider as exc:
-            raise errors.model_not_found(call.model, str(exc)) from exc
-        except TallyError as exc:
-            raise errors.from_tally(exc) from exc
-        try:
-            codec = await within(self._clock, self._limits.codec_s, self._codec(card))
-            prompt = await within(self._clock, self._limits.codec_s, asyncio.to_thread(_encode, codec, call))
-            stop_ids = codec.stop_ids(call.stops)
-        except TallyError as exc:
-            raise errors.from_tally(exc) from exc
-        except TimeoutError as exc:
-            said = (
-                f"{call.model}'s tokenizer or template took longer than {self._limits.codec_s:g} s. Nothing was sent."
-            )
-            raise errors.invalid("model", said, "model_unusable") from exc
+        card, codec = await self._models.find(call.model)
+        _check_tools(codec, call)
+        prompt, options, reading = await self._models.work(call.model, _asked, codec, card, call)
         room = card.max_context - len(prompt)
         if room < 1:
             raise errors.context_exceeded(len(prompt), card.max_context, call.prompt_param)
-        wanted = call.max_tokens if call.max_tokens is not None else await self._default_max_tokens(call.model)
+        entries = await self._models.offers(call.model)
+        # More than fits is read as "as much as fits": many clients send their own fixed number.
+        max_tokens = min(call.max_tokens or self._default_max_tokens([e.max_output for e in entries], call), room)
+        if options.min_tokens > max_tokens:
+            said = f"min_tokens is {options.min_tokens}, and the prompt leaves room for {max_tokens}."
+            raise errors.invalid("min_tokens", f"{said} Nothing was sent or paid.", "context_length_exceeded")
+        terms = call.terms
         spec = JobSpec(
             model=call.model,
             prompt=prompt,
-            # More than fits is read as "as much as fits": many clients send their own fixed number.
-            max_tokens=min(wanted, room),
+            max_tokens=max_tokens,
             sampling=call.sampling,
-            options=JobOptions(stop_ids=stop_ids),
-            tier=int(call.tier),
+            options=options,
+            kind=terms.kind,
+            tier=int(terms.tier),
+            private=terms.private,
+            price_ceiling=self._purse.ceiling(terms),
+            deadline_s=BATCH_DEADLINE_S if terms.batch else DEADLINE_S,
+            reservation=terms.reservation,
+            cache_salt=self._purse.cache_salt(terms, owner),
+            only=terms.only,
         )
-        return Prepared(call, card, codec, spec)
+        return Prepared(call, card, codec, spec, reading, price_up(entries, spec, card.profile_id))
 
-    async def _default_max_tokens(self, model: str) -> int:
-        """1,024 tokens, or the most that any offer of the model allows."""
-        allowed = [entry.max_output for entry in await self._marketplace.market() if entry.model == model]
-        return max(1, min([self._limits.default_max_tokens, *([max(allowed)] if allowed else [])]))
-
-    async def _codec(self, card: ModelCard) -> TextCodec:
-        found = self._codecs.get(card.profile_id)
-        if found is None:
-            found = asyncio.ensure_future(asyncio.to_thread(self._load, card))
-            self._codecs[card.profile_id] = found
-            while len(self._codecs) > KEPT_CODECS:
-                self._codecs.popitem(last=False)
-        self._codecs.move_to_end(card.profile_id)
-        try:
-            # Shielded: one reader leaving must not fail the others who wait for the same tokenizer.
-            return await asyncio.shield(found)
-        except TallyError:
-            self._codecs.pop(card.profile_id, None)
-            raise
-
-    def _load(self, card: ModelCard) -> TextCodec:
-        def now() -> datetime:
-            return datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
-
-        return TextCodec(card, entropy=self._entropy.token, now=now)
+    def _default_max_tokens(self, allowed: list[int], call: Call) -> int:
+        """1,024 tokens, or the most that any offer of the model allows; never less than `min_tokens`."""
+        most = min([self._limits.default_max_tokens, *([max(allowed)] if allowed else [])])
+        return max(1, most, call.options.min_tokens)
 
     # ---------------------------------------------------------------------------------------------------- run
 
     async def answer(self, prepared: Prepared) -> AsyncGenerator[Part, None]:
         """Run the job and give the answer's parts as they come. Raises: ApiError."""
-        if self.running >= self._limits.jobs:
-            raise errors.too_busy(f"This gateway already runs {self.running} jobs. Nothing was sent or paid.")
-        self.running += 1
-        try:
+        if prepared.call.terms.dry_run:
+            yield Head({})
+            yield msgspec.json.encode(price_json(prepared.spec, prepared.price))
+            return
+        with self._gate.entered():
             token = self._entropy.token(12).hex()
-            reply = Reply(prepared.call, prepared.card, token=token, created=self._clock.now_ms() // 1000)
+            reply = Reply(
+                prepared.call, prepared.card, prepared.reading.form, token=token, created=self._clock.now_ms() // 1000
+            )
             progress = Progress(len(prepared.spec.prompt))
             make = _streamed if prepared.call.stream else _whole
             async with aclosing(make(reply, self._pieces(prepared, progress), progress)) as parts:
                 async for part in parts:
                     yield part
-        finally:
-            self.running -= 1
 
     async def _pieces(self, prepared: Prepared, progress: Progress) -> AsyncGenerator[Piece, None]:
-        """The text as it comes; when this ends, `progress.finish_reason` is set. Raises: ApiError."""
-        stream = prepared.codec.stream(prepared.call.stops)
+        """What is said as it comes; when this ends, `progress.finish_reason` is set. Raises: ApiError."""
+        reader = prepared.codec.reader(prepared.reading)
         try:
-            async with _closed_after(self._marketplace.run(prepared.spec)) as job:
+            async with closed_after(self._marketplace.run(prepared.spec)) as job:
                 async for event in job:
-                    piece = _advance(progress, stream, event)
-                    if piece is not None and (piece.text or piece.tokens):
+                    piece = _advance(progress, reader, event)
+                    if not piece.empty:
                         progress.text.append(piece.text)
                         yield piece
-                    if stream.stopped is not None and not _ends_itself(event, prepared.spec):
-                        progress.finish_reason = "stop"
-                        return
+                    if reader.stopped and not _ends_itself(event, prepared.spec):
+                        break
         except TallyError as exc:
             raise errors.from_tally(exc).for_delivered(progress.delivered()) from exc
-        if stream.stopped is not None:
-            progress.finish_reason = "stop"
-            return
-        if progress.done is None:
-            raise errors.from_finish(FinishReason.ERROR).for_delivered(progress.delivered())
-        if progress.done.finish not in _FINISH:
-            raise errors.from_finish(progress.done.finish).for_delivered(progress.delivered())
-        progress.finish_reason = _FINISH[progress.done.finish]
-        last = stream.finish()
-        if last.text or last.tokens:
+        finish = "stop" if reader.stopped else progress.end()
+        last = reader.finish()
+        if not last.empty:
             progress.text.append(last.text)
             yield last
+        progress.finish_reason = "tool_calls" if reader.called and finish == "stop" else finish
+
+
+def _check_tools(codec: TextCodec, call: Call) -> None:
+    """Raises: ApiError (400) when the model's template has no place for what the call says of tools."""
+    spoken = any(message.calls or message.role == "tool" for message in call.messages)
+    param = "tools" if call.toolbox is not NO_TOOLS else "messages"
+    if (call.toolbox.callable or spoken) and not codec.takes_tools:
+        raise errors.unsupported(param, f"{call.model}'s chat template does not take tools. Choose another model.")
+    if call.toolbox.callable and codec.tool_form is None:
+        said = f"{call.model} writes function calls in a form that this gateway does not read. Choose another model,"
+        raise errors.unsupported("tools", f"{said} or use /v1/completions and read them yourself.")
+
+
+def _asked(codec: TextCodec, card: ModelCard, call: Call) -> tuple[tuple[int, ...], JobOptions, Reading]:
+    """The prompt, the options and how the output is to be read. Raises: TallyError, ApiError."""
+    prompt, options, profile = _encode(codec, call), call.options, card.profile
+    form = codec.tool_form if call.toolbox.callable else None
+    forced = form is not None and bool(call.toolbox.forced)
+    if form is not None and forced:
+        grammar = call_schema(call.toolbox.forced, form.arguments_key)
+        options = structs.replace(options, syntax=Syntax.JSON_SCHEMA, grammar=grammar)
+    if options.syntax is not Syntax.NONE and opens_reasoning(profile, prompt):
+        # A grammar holds from the first token, so a reasoning block that the template opened would hold the answer.
+        prompt += (profile.reasoning_end,)
+    if form is not None and forced:
+        prompt += codec.encode_own(form.prefill)
+    reasoning = Reasoning(0, 0)
+    if call.kind is Kind.CHAT:
+        reasoning = Reasoning(profile.reasoning_start, profile.reasoning_end, opens_reasoning(profile, prompt))
+    hidden = frozenset(options.stop_ids)
+    if reasoning.start == reasoning.end and not options.min_tokens:
+        # Where the whole output is text, the provider itself can stop at a token, and sign a final receipt for it.
+        options = structs.replace(options, stop_ids=tuple(sorted(hidden.union(codec.stop_ids(call.stops)))))
+    reading = Reading(
+        reasoning,
+        call.stops,
+        options.min_tokens,
+        hidden,
+        form,
+        call.toolbox.names,
+        prefilled=forced and bool(form and form.prefill),
+        parallel=call.toolbox.parallel or forced,
+    )
+    return prompt, options, reading
 
 
 def _encode(codec: TextCodec, call: Call) -> tuple[int, ...]:
     if isinstance(call.prompt, str):
         return codec.encode_text(call.prompt)
-    messages = [item for item in call.prompt if not isinstance(item, int)]
-    if messages:
-        return codec.encode_chat(messages)
+    if call.messages:
+        tools = [tool.document for tool in call.toolbox.tools] if call.toolbox.callable else []
+        return codec.encode_chat(call.messages, tools)
     ids = tuple(item for item in call.prompt if isinstance(item, int))
-    if max(ids) >= codec.vocab_size:
-        raise errors.invalid("prompt", f"prompt has token ids above {codec.vocab_size - 1}, the model's last.")
+    check_ids(codec, ids, "prompt")
     return ids
 
 
-def _closed_after(job: AsyncIterator[JobEvent]) -> aclosing[AsyncGenerator[JobEvent, None]]:
+def check_ids(codec: TextCodec, ids: tuple[int, ...], param: str) -> None:
+    """Raises: ApiError (400) when one is no token of the model's."""
+    if max(ids) >= codec.vocab_size:
+        raise errors.invalid(param, f"{param} has token ids above {codec.vocab_size - 1}, the model's last.")
+
+
+def closed_after(job: AsyncIterator[JobEvent]) -> aclosing[AsyncGenerator[JobEvent, None]]:
     """Closes the job's iterator on leaving, whatever kind of iterator the marketplace gave."""
 
     async def events() -> AsyncGenerator[JobEvent, None]:
@@ -213,20 +273,18 @@ def _closed_after(job: AsyncIterator[JobEvent]) -> aclosing[AsyncGenerator[JobEv
     return aclosing(events())
 
 
-def _advance(progress: Progress, stream: TextStream, event: JobEvent) -> Piece | None:
-    """Take one event of the job into account; the text it made certain, if it brought tokens."""
-    if isinstance(event, JobStarted):
-        progress.jobs.append("0x" + event.job_id.hex())
-        progress.provider = "0x" + event.provider.hex()
-    elif isinstance(event, JobPaid):
-        progress.cost = event.total
-    elif isinstance(event, JobDone):
-        progress.done = event
-        progress.cost = event.cost
-    elif isinstance(event, JobTokens):
-        progress.tokens += len(event.token_ids)
-        return stream.push(event.token_ids, event.logprobs)
-    return None
+def _advance(progress: Progress, reader: Reader, event: JobEvent) -> Piece:
+    """Take one event of the job into account; what it made certain, if it brought tokens."""
+    progress.take(event)
+    if not isinstance(event, JobTokens):
+        return Piece()
+    likeliest = event.alternatives or ((),) * len(event.token_ids)
+    logprobs = event.logprobs or (0.0,) * len(event.token_ids)
+    piece = reader.push(
+        [Token(*token) for token in zip(event.token_ids, logprobs, likeliest, strict=True)],
+    )
+    progress.reasoning_tokens = reader.reasoning_tokens
+    return piece
 
 
 def _ends_itself(event: JobEvent, spec: JobSpec) -> bool:
@@ -235,13 +293,12 @@ def _ends_itself(event: JobEvent, spec: JobSpec) -> bool:
 
 
 async def _whole(reply: Reply, pieces: AsyncGenerator[Piece, None], progress: Progress) -> AsyncGenerator[Part, None]:
-    tokens: list[TokenText] = []
+    parts: list[Piece] = []
     async with aclosing(pieces):
         async for piece in pieces:
-            tokens += piece.tokens
-    cost = str(progress.done.cost if progress.done else progress.cost)
-    yield Head({**progress.headers(), "x-tally-cost": cost, "x-request-id": reply.id})
-    yield reply.whole("".join(progress.text), tokens, progress)
+            parts.append(piece)
+    yield Head({**progress.headers(), **progress.cost_headers(), "x-request-id": reply.id})
+    yield reply.whole(parts, progress)
 
 
 async def _streamed(

@@ -8,6 +8,9 @@ from typing import Final
 MAX_STOPS: Final = 4
 """Stop strings a request may name, as at OpenAI."""
 
+MAX_STOP_IDS: Final = 32
+"""Stop token ids a request may name. A job's options hold 64, and those that follow from stop strings join them."""
+
 MAX_STOP_CHARS: Final = 256
 """Longest stop string. Unit: characters. As much may be held back from the reader at any time, and each token is
 compared with it, so doubling it doubles both."""
@@ -20,6 +23,15 @@ MAX_MODEL_CHARS: Final = 256
 
 MAX_TOP_LOGPROBS: Final = 20
 """OpenAI's own limit for chat."""
+
+MAX_EMBED_TEXTS: Final = 2048
+"""Texts of one embeddings request, as at OpenAI. They are bought in jobs of 32."""
+
+MAX_EMBED_TOKENS: Final = 300_000
+"""Tokens of one embeddings request, all texts together, as at OpenAI. Its vectors are held until the last one came."""
+
+EMBED_JOBS: Final = 4
+"""Embedding jobs of one request that run at once. More would only queue at the providers, and each reserves escrow."""
 
 MAX_IDEMPOTENCY_KEY: Final = 255
 """Longest Idempotency-Key. Unit: characters, as Stripe and OpenAI's SDKs use it."""

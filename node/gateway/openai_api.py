@@ -1,4 +1,4 @@
-"""The endpoints: OpenAI's models, chat completions and completions, and the node's own health and status."""
+"""The endpoints: OpenAI's models, completions and embeddings, and the node's own health and status."""
 
 from __future__ import annotations
 
@@ -6,25 +6,32 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from node.gateway import errors, requests
 from node.gateway.auth import ApiKeys
+from node.gateway.embeddings import EmbedCall, Embeddings, parse_embeddings
 from node.gateway.errors import INTERNAL, ApiError, GatewayError
+from node.gateway.fields import decode_body
+from node.gateway.gate import Gate
 from node.gateway.guards import Doors, cors_headers, read_json_body
 from node.gateway.idempotency import Exchanges, request_key
-from node.gateway.jobs import Head, Jobs, Part
+from node.gateway.jobs import Head, Jobs, Part, Purse
 from node.gateway.limits import Limits
+from node.gateway.models import Models
 from node.gateway.replies import KEEPALIVE, event, model_entries
 from node.gateway.requests import Call
 from node.gateway.waiting import end, ticking, within
 from node.ports import Clock, Entropy, Marketplace
 from protocol.errors import TallyError
+from protocol.units import Wei
 
 _LOG: Final = logging.getLogger(__name__)
+
+C = TypeVar("C", Call, EmbedCall)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -36,7 +43,10 @@ OPEN_PATHS: Final = frozenset({"/health", "/ready"})
 
 
 class OpenAIApi:
-    """The aiohttp application over one marketplace. `arrived`: told of each request's transport."""
+    """The aiohttp application over one marketplace. `arrived`: told of each request's transport.
+
+    `max_price`: most wei that one request may cost, whatever it asks for itself.
+    """
 
     def __init__(
         self,
@@ -47,13 +57,17 @@ class OpenAIApi:
         clock: Clock,
         entropy: Entropy,
         limits: Limits,
+        max_price: Wei | None = None,
     ) -> None:
         self._marketplace = marketplace
         self._keys = keys
         self._doors = doors
         self._clock = clock
         self._limits = limits
-        self._jobs = Jobs(marketplace, clock, entropy, limits)
+        self._gate = Gate(limits.jobs)
+        models, purse = Models(marketplace, clock, entropy, limits), Purse(max_price, entropy.token(32))
+        self._jobs = Jobs(marketplace, models, self._gate, purse, clock, entropy, limits)
+        self._embeddings = Embeddings(marketplace, models, self._gate, purse)
         self._exchanges = Exchanges(clock, limits)
         self._answering: set[asyncio.Task[Any]] = set()
         self._draining = False
@@ -66,6 +80,7 @@ class OpenAIApi:
         app.router.add_get("/v1/models/{model:.+}", self._model)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/v1/embeddings", self._embed)
         app.router.add_get("/api/v1/status", self._status)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
@@ -128,39 +143,55 @@ class OpenAIApi:
     # -------------------------------------------------------------------------------------------- completions
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._complete(request, requests.parse_chat)
+        return await self._complete(request, requests.parse_chat, self._generate)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._complete(request, requests.parse_completion)
+        return await self._complete(request, requests.parse_completion, self._generate)
 
-    async def _complete(self, request: web.Request, parse: Callable[[dict[str, Any]], Call]) -> web.StreamResponse:
+    async def _embed(self, request: web.Request) -> web.StreamResponse:
+        return await self._complete(request, parse_embeddings, self._vectors)
+
+    async def _complete(
+        self,
+        request: web.Request,
+        parse: Callable[[dict[str, Any]], C],
+        produce: Callable[[C, str], AsyncGenerator[Part, None]],
+    ) -> web.StreamResponse:
         body = await read_json_body(request, self._clock, self._limits)
-        call = parse(requests.decode_body(body))
+        call = parse(decode_body(body))
         if self._draining:
             raise ApiError(
                 503, "server_error", "gateway_stopping", "This gateway is stopping. Nothing was sent or paid."
             )
         header = request.headers.get("Idempotency-Key")
         if header is None:
-            parts = self._produce(call)
+            parts = produce(call, request[OWNER])
         else:
             key = request_key(request[OWNER], header, request.path, body)
-            parts = self._exchanges.follow(key, lambda: self._produce(call))
+            parts = self._exchanges.follow(key, lambda: produce(call, request[OWNER]))
         task = asyncio.current_task()
         assert task is not None
         self._answering.add(task)
         try:
-            return await self._send(request, call, parts)
+            return await self._send(request, parts, stream=call.stream)
         finally:
             self._answering.discard(task)
 
-    async def _produce(self, call: Call) -> AsyncGenerator[Part, None]:
-        prepared = await self._jobs.prepare(call)
+    async def _generate(self, call: Call, owner: str) -> AsyncGenerator[Part, None]:
+        prepared = await self._jobs.prepare(call, owner)
         async with aclosing(self._jobs.answer(prepared)) as parts:
             async for part in parts:
                 yield part
 
-    async def _send(self, request: web.Request, call: Call, parts: AsyncGenerator[Part, None]) -> web.StreamResponse:
+    async def _vectors(self, call: EmbedCall, _owner: str) -> AsyncGenerator[Part, None]:
+        prepared = await self._embeddings.prepare(call)
+        async with aclosing(self._embeddings.answer(prepared)) as parts:
+            async for part in parts:
+                yield part
+
+    async def _send(
+        self, request: web.Request, parts: AsyncGenerator[Part, None], *, stream: bool
+    ) -> web.StreamResponse:
         """Write the parts as they come, and keep a silent stream alive. Leaving early closes `parts`."""
         response: web.StreamResponse | None = None
         try:
@@ -169,10 +200,10 @@ class OpenAIApi:
                     if isinstance(step, bytes):
                         assert response is not None
                         await self._write(request, response, step)
-                    elif step is None and not call.stream:
+                    elif step is None and not stream:
                         continue
                     elif response is None:
-                        response = await self._begin(request, call, step)
+                        response = await self._begin(request, step, stream=stream)
                     if step is None and response is not None:
                         await self._write(request, response, KEEPALIVE)
         except (ApiError, TallyError) as exc:
@@ -186,11 +217,11 @@ class OpenAIApi:
         await response.write_eof()
         return response
 
-    async def _begin(self, request: web.Request, call: Call, head: Head | None) -> web.StreamResponse:
+    async def _begin(self, request: web.Request, head: Head | None, *, stream: bool) -> web.StreamResponse:
         response = web.StreamResponse(status=200, headers=head.headers if head is not None else {})
-        response.content_type = "text/event-stream" if call.stream else "application/json"
+        response.content_type = "text/event-stream" if stream else "application/json"
         response.charset = "utf-8"
-        if call.stream:
+        if stream:
             response.headers["X-Accel-Buffering"] = "no"  # nginx would hold the tokens back otherwise
         await response.prepare(request)
         return response
@@ -240,7 +271,7 @@ class OpenAIApi:
             status = await self._marketplace.status()
         except TallyError as exc:
             raise errors.from_tally(exc) from exc
-        return _json({**status, "gateway": {"jobs": self._jobs.running, "jobs_limit": self._limits.jobs}})
+        return _json({**status, "gateway": {"jobs": self._gate.running, "jobs_limit": self._limits.jobs}})
 
     async def _health(self, _request: web.Request) -> web.StreamResponse:
         return _json({"status": "ok"})

@@ -7,20 +7,23 @@ seed of a job is drawn by both sides together, so that neither can choose the te
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-import msgspec
-
-from node.gateway.errors import ApiError, invalid, unsupported
-from node.gateway.limits import MAX_MESSAGES, MAX_MODEL_CHARS, MAX_STOP_CHARS, MAX_STOPS, MAX_TOP_LOGPROBS
+from node.gateway.conversation import parse_messages
+from node.gateway.errors import ApiError, unsupported
+from node.gateway.fields import MAX_U32, Fields, token_ids
+from node.gateway.limits import MAX_MODEL_CHARS, MAX_STOP_CHARS, MAX_STOP_IDS, MAX_STOPS, MAX_TOP_LOGPROBS
+from node.gateway.terms import Terms, parse_terms
 from node.gateway.text import ChatMessage
+from node.gateway.tools import NO_TOOLS, Toolbox, parse_tools
 from node.ports import Sampling
-from protocol.units import MAX_PROMPT_TOKENS, Tier
+from protocol.options import MAX_GRAMMAR_BYTES, PENALTY_ONE, JobOptions, Syntax
+from protocol.units import MAX_PROMPT_TOKENS
 
 _MICRO: Final = 1_000_000
-_MAX_U32: Final = (1 << 32) - 1
 
 Prompt = tuple[ChatMessage, ...] | str | tuple[int, ...]
 
@@ -36,7 +39,8 @@ class Kind(StrEnum):
 class Call:
     """One checked request. `max_tokens`: None when the client named none. `top_logprobs`: None when none are wanted.
 
-    `service_tier`: the tier as the client named it, for the answer.
+    `options`: what was asked for outright; stop ids that follow from `stops` and the grammar of a required call are
+    added when the model is known.
     """
 
     kind: Kind
@@ -44,109 +48,56 @@ class Call:
     prompt: Prompt
     max_tokens: int | None
     sampling: Sampling
+    options: JobOptions
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
     top_logprobs: int | None
-    tier: Tier
-    service_tier: str
+    toolbox: Toolbox
+    terms: Terms
 
     @property
     def prompt_param(self) -> str:
         return "messages" if self.kind is Kind.CHAT else "prompt"
 
-
-def decode_body(body: bytes) -> dict[str, Any]:
-    """The JSON object of a request. Raises: ApiError (400)."""
-    try:
-        value = msgspec.json.decode(body)
-    except RecursionError as exc:
-        raise invalid(None, "The body's JSON is nested too deeply. Nothing was sent or paid.", "invalid_json") from exc
-    except (msgspec.MsgspecError, UnicodeError) as exc:
-        raise invalid(
-            None, f"The body is not valid JSON in UTF-8 ({exc}). Nothing was sent or paid.", "invalid_json"
-        ) from exc
-    if not isinstance(value, dict):
-        raise invalid(None, "The body must be a JSON object. Nothing was sent or paid.", "invalid_json")
-    return value
-
-
-class _Fields:
-    """Typed access to an object's fields; null counts as absent, as it does at OpenAI."""
-
-    def __init__(self, values: dict[str, Any], path: str = "") -> None:
-        self._values = values
-        self._path = path
-
-    def name(self, field: str) -> str:
-        return f"{self._path}{field}"
-
-    def get(self, field: str) -> Any:
-        return self._values.get(field)
-
-    def fail(self, field: str, message: str) -> ApiError:
-        return invalid(self.name(field), f"{self.name(field)} {message}. Nothing was sent or paid.")
-
-    def text(self, field: str) -> str | None:
-        value = self.get(field)
-        if value is None or isinstance(value, str):
-            return value
-        raise self.fail(field, "must be a string")
-
-    def flag(self, field: str) -> bool:
-        value = self.get(field)
-        if value is None or isinstance(value, bool):
-            return bool(value)
-        raise self.fail(field, "must be true or false")
-
-    def integer(self, field: str, low: int, high: int) -> int | None:
-        value = self.get(field)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.fail(field, f"must be an integer from {low} to {high}")
-        return value
-
-    def number(self, field: str, low: float, high: float) -> float | None:
-        value = self.get(field)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise self.fail(field, f"must be a number from {low} to {high}")
-        return float(value)
-
-    def object(self, field: str) -> _Fields:
-        value = self.get(field)
-        if value is None:
-            value = {}
-        if not isinstance(value, dict):
-            raise self.fail(field, "must be an object")
-        return _Fields(value, f"{self.name(field)}.")
+    @property
+    def messages(self) -> tuple[ChatMessage, ...]:
+        """The conversation, () for a raw prompt."""
+        return tuple(item for item in self.prompt if isinstance(item, ChatMessage))
 
 
 def parse_chat(body: dict[str, Any]) -> Call:
     """A chat/completions request. Raises: ApiError (400)."""
-    fields = _Fields(body)
+    fields = Fields(body)
     _refuse_common(fields)
-    _refuse_chat(fields)
+    modalities = fields.get("modalities")
+    if fields.get("audio") or modalities not in (None, [], ["text"]):
+        raise unsupported("audio" if fields.get("audio") else "modalities", "Only text is offered.")
+    if fields.get("web_search_options"):
+        raise unsupported("web_search_options", "Web search is not offered.")
     top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
     wanted = fields.flag("logprobs")
     if top is not None and not wanted:
         raise _without(fields, "top_logprobs", "logprobs")
-    named = fields.integer("max_completion_tokens", 1, _MAX_U32)
-    older = fields.integer("max_tokens", 1, _MAX_U32)
-    return _call(
+    named = fields.integer("max_completion_tokens", 1, MAX_U32)
+    older = fields.integer("max_tokens", 1, MAX_U32)
+    toolbox = parse_tools(fields)
+    call = _call(
         fields,
         kind=Kind.CHAT,
-        prompt=_messages(fields),
+        prompt=parse_messages(fields),
         max_tokens=named if named is not None else older,
         top_logprobs=(top or 0) if wanted else None,
+        toolbox=toolbox,
     )
+    if toolbox.callable and call.options.syntax is not Syntax.NONE:
+        raise unsupported("response_format", "response_format with tools is not offered: an answer has one form.")
+    return call
 
 
 def parse_completion(body: dict[str, Any]) -> Call:
     """A completions request. Raises: ApiError (400)."""
-    fields = _Fields(body)
+    fields = Fields(body)
     _refuse_common(fields)
     if fields.integer("best_of", 1, 1 << 10) not in (None, 1):
         raise unsupported("best_of", "best_of must be 1: each answer is one job, paid by the token.")
@@ -158,43 +109,70 @@ def parse_completion(body: dict[str, Any]) -> Call:
         fields,
         kind=Kind.TEXT,
         prompt=_raw_prompt(fields),
-        max_tokens=fields.integer("max_tokens", 1, _MAX_U32),
+        max_tokens=fields.integer("max_tokens", 1, MAX_U32),
         top_logprobs=fields.integer("logprobs", 0, 5),
+        toolbox=NO_TOOLS,
     )
 
 
-def _without(fields: _Fields, field: str, needed: str) -> ApiError:
-    return fields.fail(field, f"has no meaning without {needed}")
-
-
-def _call(fields: _Fields, *, kind: Kind, prompt: Prompt, max_tokens: int | None, top_logprobs: int | None) -> Call:
+def model_of(fields: Fields) -> str:
+    """The model's name. Raises: ApiError (400)."""
     model = fields.text("model")
     if not model or len(model) > MAX_MODEL_CHARS:
         raise fields.fail("model", "must name a model; GET /v1/models lists them")
+    return model
+
+
+def _without(fields: Fields, field: str, needed: str) -> ApiError:
+    return fields.fail(field, f"has no meaning without {needed}")
+
+
+def _call(
+    fields: Fields,
+    *,
+    kind: Kind,
+    prompt: Prompt,
+    max_tokens: int | None,
+    top_logprobs: int | None,
+    toolbox: Toolbox,
+) -> Call:
     stream = fields.flag("stream")
     include_usage = fields.object("stream_options").flag("include_usage")
     if include_usage and not stream:
         raise _without(fields, "stream_options", "stream: true")
-    tier, service_tier = _tier(fields)
+    min_tokens = fields.integer("min_tokens", 0, MAX_U32) or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise fields.fail("min_tokens", f"is above the {max_tokens} tokens that the answer may have")
+    syntax, grammar = _format(fields)
+    terms = parse_terms(fields)
     return Call(
         kind=kind,
-        model=model,
+        model=model_of(fields),
         prompt=prompt,
         max_tokens=max_tokens,
         sampling=_sampling(fields),
+        options=JobOptions(
+            stop_ids=tuple(sorted(set(fields.ids("stop_token_ids", MAX_STOP_IDS)))),
+            min_tokens=min_tokens,
+            frequency_milli=_penalty(fields, "frequency_penalty"),
+            presence_milli=_penalty(fields, "presence_penalty"),
+            syntax=syntax,
+            grammar=grammar,
+            alternatives=top_logprobs or 0,
+        ),
         stops=_stops(fields),
-        stream=stream,
+        stream=stream and not terms.dry_run,
         include_usage=include_usage,
         top_logprobs=top_logprobs,
-        tier=tier,
-        service_tier=service_tier,
+        toolbox=toolbox,
+        terms=terms,
     )
 
 
-def _sampling(fields: _Fields) -> Sampling:
+def _sampling(fields: Fields) -> Sampling:
     temperature = fields.number("temperature", 0, 2)
     top_p = fields.number("top_p", 0, 1)
-    top_k = fields.integer("top_k", -1, _MAX_U32)
+    top_k = fields.integer("top_k", -1, MAX_U32)
     return Sampling(
         temperature_micro=_MICRO if temperature is None else round(temperature * _MICRO),
         # A nucleus of no mass still holds the likeliest token; zero itself has no meaning on the wire.
@@ -203,7 +181,12 @@ def _sampling(fields: _Fields) -> Sampling:
     )
 
 
-def _stops(fields: _Fields) -> tuple[str, ...]:
+def _penalty(fields: Fields, field: str) -> int:
+    """Logits x 1000, as options carry it."""
+    return round((fields.number(field, -2, 2) or 0.0) * PENALTY_ONE)
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
     value = fields.get("stop")
     stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS:
@@ -215,105 +198,35 @@ def _stops(fields: _Fields) -> tuple[str, ...]:
     return tuple(dict.fromkeys(stops))
 
 
-_TIERS: Final = {
-    "auto": Tier.STANDARD,
-    "default": Tier.STANDARD,
-    "standard": Tier.STANDARD,
-    "flex": Tier.FLEX,
-    "priority": Tier.PRIORITY,
-}
+def _format(fields: Fields) -> tuple[Syntax, str]:
+    """What `response_format` asks for, as a grammar. Raises: ApiError (400)."""
+    wanted = fields.object("response_format")
+    kind = wanted.text("type")
+    if kind in (None, "text"):
+        return Syntax.NONE, ""
+    if kind == "json_object":
+        return Syntax.JSON, ""
+    if kind != "json_schema":
+        raise wanted.fail("type", "must be text, json_object or json_schema")
+    inner = wanted.object("json_schema")
+    inner.flag("strict")
+    schema = inner.get("schema")
+    if not isinstance(schema, dict):
+        raise inner.fail("schema", "must be a JSON Schema, which is an object")
+    grammar = json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace").decode()
+    if len(grammar.encode()) > MAX_GRAMMAR_BYTES:
+        raise inner.fail("schema", f"must have at most {MAX_GRAMMAR_BYTES} bytes")
+    return Syntax.JSON_SCHEMA, grammar
 
 
-def _tier(fields: _Fields) -> tuple[Tier, str]:
-    name = fields.text("service_tier") or "auto"
-    if name not in _TIERS:
-        raise fields.fail("service_tier", f"must be one of {', '.join(_TIERS)}")
-    return _TIERS[name], "default" if _TIERS[name] is Tier.STANDARD else name
-
-
-def _refuse_common(fields: _Fields) -> None:
+def _refuse_common(fields: Fields) -> None:
     if fields.integer("n", 1, 1 << 10) not in (None, 1):
         raise unsupported("n", "n must be 1: each answer is one job, paid by the token. Send the request n times.")
-    for name in ("presence_penalty", "frequency_penalty"):
-        if fields.number(name, -2, 2):
-            raise unsupported(name, f"{name} is not offered: a validator could not recompute the answer.")
     if fields.get("logit_bias"):
-        raise unsupported("logit_bias", "logit_bias is not offered: a validator could not recompute the answer.")
+        raise unsupported("logit_bias", "logit_bias is not offered; stop_token_ids and response_format are.")
 
 
-def _refuse_chat(fields: _Fields) -> None:
-    for name in ("tools", "functions"):
-        if fields.get(name):
-            raise unsupported(name, f"{name} are not offered yet. Describe the call in the prompt instead.")
-    if fields.get("tool_choice") not in (None, "none", "auto"):
-        raise unsupported("tool_choice", "tool_choice is not offered yet.")
-    kind = fields.object("response_format").text("type")
-    if kind not in (None, "text"):
-        raise unsupported("response_format", f"response_format {kind[:40]!r} is not offered yet; only text is.")
-    modalities = fields.get("modalities")
-    if fields.get("audio") or modalities not in (None, [], ["text"]):
-        name = "audio" if fields.get("audio") else "modalities"
-        raise unsupported(name, "Only text is offered.")
-    if fields.get("web_search_options"):
-        raise unsupported("web_search_options", "Web search is not offered.")
-
-
-# ----------------------------------------------------------------------------------------------------------- prompts
-
-_ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""OpenAI's role -> the template's. `developer` is the newer name of `system`."""
-
-
-def _messages(fields: _Fields) -> tuple[ChatMessage, ...]:
-    value = fields.get("messages")
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
-        raise fields.fail("messages", f"must be a list of 1 to {MAX_MESSAGES} messages")
-    return tuple(_message(item, f"messages[{index}]") for index, item in enumerate(value))
-
-
-def _message(value: Any, path: str) -> ChatMessage:
-    if not isinstance(value, dict):
-        raise invalid(path, f"{path} must be an object with role and content. Nothing was sent or paid.")
-    fields = _Fields(value, f"{path}.")
-    role = fields.text("role")
-    if role in ("tool", "function"):
-        raise unsupported(fields.name("role"), f"{fields.name('role')} {role!r}: tools are not offered yet.")
-    if role not in _ROLES:
-        raise fields.fail("role", f"must be one of {', '.join(_ROLES)}")
-    for name in ("tool_calls", "function_call", "audio"):
-        if fields.get(name):
-            raise unsupported(fields.name(name), f"{fields.name(name)} is not offered yet.")
-    return ChatMessage(_ROLES[role], _content(fields, role))
-
-
-def _content(fields: _Fields, role: str) -> str:
-    value = fields.get("content")
-    if isinstance(value, str):
-        return value
-    if value is None and role == "assistant":
-        return ""
-    if not isinstance(value, list) or not value:
-        raise fields.fail("content", "must be a string or a list of text parts")
-    texts: list[str] = []
-    for index, part in enumerate(value):
-        path = f"{fields.name('content')}[{index}]"
-        if not isinstance(part, dict):
-            raise invalid(path, f"{path} must be an object. Nothing was sent or paid.")
-        inner = _Fields(part, f"{path}.")
-        kind = inner.text("type")
-        if kind != "text":
-            raise unsupported(
-                inner.name("type"), f"{inner.name('type')} is {(kind or '')[:40]!r}; only text parts are offered."
-            )
-        text = inner.text("text")
-        if text is None:
-            raise inner.fail("text", "must be a string")
-        texts.append(text)
-    # Parts are separate pieces of one message; run together, words and paragraphs would touch.
-    return "\n".join(texts)
-
-
-def _raw_prompt(fields: _Fields) -> str | tuple[int, ...]:
+def _raw_prompt(fields: Fields) -> str | tuple[int, ...]:
     """A string or a list of token ids, alone or as the only item of a list."""
     value = fields.get("prompt")
     if isinstance(value, list) and value and not isinstance(value[0], int):
@@ -324,7 +237,4 @@ def _raw_prompt(fields: _Fields) -> str | tuple[int, ...]:
         return value
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_PROMPT_TOKENS:
         raise fields.fail("prompt", "must be a string or a list of token ids, and not empty")
-    for index, number in enumerate(value):
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= _MAX_U32:
-            raise fields.fail(f"prompt[{index}]", "must be a token id")
-    return tuple(value)
+    return token_ids(value, fields.name("prompt"))

@@ -15,6 +15,7 @@ from node.gateway.guards import Doorkeeper, Doors
 from node.gateway.limits import Limits
 from node.gateway.openai_api import OpenAIApi
 from node.ports import Clock, Entropy, Marketplace
+from protocol.units import Wei
 
 _IDLE_S: Final = 75.0
 """How long an idle connection is kept. Unit: seconds. SDKs keep connections for seconds to minutes; each idle one
@@ -26,6 +27,7 @@ class GatewayServer:
 
     `port` 0: chosen by the system. `allowed_hosts`: names besides localhost by which clients may address it.
     `allowed_origins`: web origins whose pages may use it (none by default), e.g. http://localhost:3000.
+    `max_price`: most wei that one request may cost, whatever it asks for itself; None leaves it to the marketplace.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class GatewayServer:
         allowed_hosts: Iterable[str] = (),
         allowed_origins: Iterable[str] = (),
         limits: Limits | None = None,
+        max_price: Wei | None = None,
     ) -> None:
         self._host = host
         self._port = port
@@ -47,7 +50,13 @@ class GatewayServer:
         self._limits = limits or Limits()
         doors = Doors({host, *allowed_hosts} - {"0.0.0.0", "::", ""}, allowed_origins)
         self._api = OpenAIApi(
-            marketplace, keys=api_keys, doors=doors, clock=clock, entropy=entropy, limits=self._limits
+            marketplace,
+            keys=api_keys,
+            doors=doors,
+            clock=clock,
+            entropy=entropy,
+            limits=self._limits,
+            max_price=max_price,
         )
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
+import struct
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,13 +16,14 @@ from node.ports import (
     JobSpec,
     JobStarted,
     JobTokens,
+    JobVectors,
     MarketEntry,
     ModelCard,
     NoProvider,
 )
 from protocol.errors import TallyError
 from protocol.messages import Tariff
-from protocol.units import Address, Digest, FinishReason, JobId, Wei
+from protocol.units import BPS, Address, Digest, FinishReason, JobId, JobKind, Verifiability, Wei
 
 PROVIDER = Address(b"\xaa" * 20)
 WEI_PER_TOKEN = 5
@@ -36,10 +39,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Say:
-    """Tokens arrive in one batch; an increment is vouched for when `paid`."""
+    """Tokens arrive in one batch; an increment is vouched for when `paid`. `likeliest`: the same at every place."""
 
     token_ids: tuple[int, ...]
     paid: bool = True
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,21 +61,55 @@ class Fail:
 
 @dataclass(frozen=True)
 class Finish:
-    """The final receipt. `cached`, `reasoning`: tokens of these kinds."""
+    """The final receipt. `cached`, `reasoning`: tokens of these kinds. `refund`: wei, for a missed promise."""
 
     reason: FinishReason = STOPPED
     cached: int = 0
     reasoning: int = 0
+    refund: int = 0
 
 
-Step = Start | Say | Hold | Fail | Finish
+@dataclass(frozen=True)
+class Embed:
+    """A vector for each text that was asked for."""
 
 
-def tariff() -> Tariff:
-    ones = [1] * 22
-    return Tariff(
-        PROVIDER, 1, b"\x11" * 32, 2, 1, WEI_PER_TOKEN, WEI_PER_TOKEN, *ones[:17], 1_700_000_000, 1_900_000_000
-    )
+DIMENSIONS = 8
+
+
+def vector_of(text: tuple[int, ...], dimensions: int = 0) -> bytes:
+    """A unit vector that follows from the text, fp32 little-endian."""
+    digest = hashlib.sha256(repr(text).encode()).digest()
+    raw = [byte - 127.5 for byte in digest[: dimensions or DIMENSIONS]]
+    length = math.sqrt(sum(number * number for number in raw))
+    return struct.pack(f"<{len(raw)}f", *(number / length for number in raw))
+
+
+Step = Start | Say | Hold | Fail | Finish | Embed
+
+
+def tariff(**changes: int) -> Tariff:
+    """Five wei a token, one for a request, every tier at x1."""
+    values: dict[str, int] = dict.fromkeys(Tariff.__dataclass_fields__, 0) | {
+        "sequence": 1,
+        "prompt_price": 2,
+        "cached_price": 1,
+        "completion_price": WEI_PER_TOKEN,
+        "reasoning_price": WEI_PER_TOKEN,
+        "embedding_price": 3,
+        "per_request": 1,
+        "flex_bps": BPS,
+        "standard_bps": BPS,
+        "priority_bps": BPS,
+        "long_context_threshold": 1 << 20,
+        "long_context_bps": BPS,
+        "privacy_bps": BPS,
+        "base_min_bps": BPS,
+        "base_max_bps": BPS,
+        "valid_from": 1_700_000_000,
+        "valid_until": 1_900_000_000,
+    }
+    return Tariff(**{**values, "provider": PROVIDER, "profile_id": b"\x11" * 32} | changes)  # type: ignore[arg-type]
 
 
 class FakeMarketplace:
@@ -81,6 +119,7 @@ class FakeMarketplace:
         self.cards = {card.model: card}
         self.script = tuple(script)
         self.max_output = max_output
+        self.tariff = tariff()
         self.specs: list[JobSpec] = []
         self.closed = 0
         self.was_closed = asyncio.Event()
@@ -92,13 +131,16 @@ class FakeMarketplace:
                 model=card.model,
                 provider=PROVIDER,
                 peer_id="peer",
-                tariff=tariff(),
+                tariff=self.tariff,
                 slots=4,
                 load_bps=0,
                 max_context=card.max_context,
                 max_output=self.max_output,
                 region="",
                 expires_at=1_900_000_000,
+                profile=card.profile_id,
+                verifiability=Verifiability.REPLAY,
+                base_bps=BPS,
             )
             for card in self.cards.values()
         ]
@@ -135,18 +177,26 @@ class FakeMarketplace:
             match step:
                 case Start(provider):
                     jobs.append(JobId(hashlib.sha256(bytes([number, len(jobs)])).digest()))
-                    yield JobStarted(jobs[-1], provider, tariff(), failover=len(jobs) > 1)
-                case Say(token_ids, paid):
+                    yield JobStarted(jobs[-1], provider, self.tariff, failover=len(jobs) > 1)
+                case Say(token_ids, paid, likeliest):
                     tokens += len(token_ids)
-                    yield JobTokens(token_ids, tuple(-0.5 for _ in token_ids))
+                    alternatives = tuple(likeliest[: spec.options.alternatives] for _ in token_ids)
+                    yield JobTokens(token_ids, tuple(-0.5 for _ in token_ids), alternatives if likeliest else ())
                     if paid:
                         yield JobPaid(Wei(tokens * WEI_PER_TOKEN))
+                case Embed():
+                    assert spec.kind is JobKind.EMBED and sum(spec.options.inputs) == len(spec.prompt)
+                    at = 0
+                    for length in spec.options.inputs:
+                        text = spec.prompt[at : at + length]
+                        at += length
+                        yield JobVectors((vector_of(text, spec.options.dimensions),))
                 case Hold(go, reached):
                     reached.set()
                     await go.wait()
                 case Fail(error):
                     raise error
-                case Finish(reason, cached, reasoning):
+                case Finish(reason, cached, reasoning, refund):
                     yield JobDone(
                         finish=reason,
                         prompt_tokens=len(spec.prompt),
@@ -155,7 +205,7 @@ class FakeMarketplace:
                         reasoning_tokens=reasoning,
                         ste_micro=tokens * 1000,
                         cost=Wei(tokens * WEI_PER_TOKEN + 1),
-                        refund=Wei(0),
+                        refund=Wei(refund),
                         job_ids=tuple(jobs),
                         receipts=tuple(Digest(hashlib.sha256(job).digest()) for job in jobs),
                     )

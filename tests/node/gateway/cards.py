@@ -22,9 +22,10 @@ UNFLAGGED = ["<think>", "</think>", "<｜User｜>"]
 """Control tokens that their tokenizer does not flag as special, as several published ones do not."""
 
 
-def profile() -> Profile:
-    zero = b"\0" * 32
-    return Profile(*([zero] * 8), 100, 1000, 1, 1, 1, 1, 1, 1, 1, 0)
+def profile(**changes: int) -> Profile:
+    digests = [name for name, kind in Profile.__annotations__.items() if kind == "B32"]
+    values = dict.fromkeys(Profile.__dataclass_fields__, 0) | dict.fromkeys(digests, b"\0" * 32)
+    return Profile(**(values | changes))  # type: ignore[arg-type]
 
 
 @cache
@@ -85,13 +86,17 @@ def card(
     eos: str = "<|im_end|>",
     special: dict[str, str] | None = None,
     max_context: int = 4096,
+    reasoning: tuple[str, str] | None = None,
 ) -> ModelCard:
+    """`reasoning`: the tokens that open and close a reasoning block."""
     source = tokenizer_json or byte_level_json()
-    eos_id = Tokenizer.from_str(source.decode()).token_to_id(eos)
+    tokenizer = Tokenizer.from_str(source.decode())
+    eos_id = tokenizer.token_to_id(eos)
+    start, end = (tokenizer.token_to_id(marker) for marker in reasoning) if reasoning else (0, 0)
     return ModelCard(
         model=model,
         profile_id=Digest(b"\x11" * 32),
-        profile=profile(),
+        profile=profile(reasoning_start=start, reasoning_end=end),
         tokenizer_json=source,
         chat_template=template,
         special=special or {"eos_token": eos},

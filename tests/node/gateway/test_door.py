@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from node.gateway.auth import ApiKeys
 from node.gateway.errors import ApiError, GatewayError
+from node.gateway.fields import decode_body
 from node.gateway.limits import Limits
-from node.gateway.requests import decode_body, parse_chat, parse_completion
+from node.gateway.requests import parse_chat, parse_completion
 from node.gateway.server import GatewayServer
 from tests.node.gateway.cards import card
 from tests.node.gateway.serving import ManualClock, Seeded, ids, read_answer, serving
@@ -199,24 +200,61 @@ async def test_a_failure_after_a_comment_stays_inside_the_stream() -> None:
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [1]}, "messages[0]"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages[0].tool_calls[0]"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function.name"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"model": None}, "model"),
         ({"model": 7}, "model"),
         ({"n": 2}, "n"),
-        ({"tools": [{}]}, "tools"),
+        ({"tools": [{}]}, "tools[0].type"),
+        ({"tools": {}}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a"}}] * 2}, "tools"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a", "parameters": 1}}]},
+            "tools[0].function.parameters",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a"}}], "tool_choice": {"type": "function"}},
+            "tool_choice.function.name",
+        ),
+        ({"tools": [{"type": "function", "function": {"name": "a"}}], "tool_choice": "any"}, "tool_choice"),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "a"}}],
+                "response_format": {"type": "json_object"},
+            },
+            "response_format",
+        ),
+        ({"functions": [{"name": "a"}]}, "functions"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": [1]}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"title": "x" * (32 << 10)}}}},
+            "response_format.json_schema.schema",
+        ),
         ({"response_format": 3}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"web_search_options": {"x": 1}}, "web_search_options"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": "much"}, "frequency_penalty"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"stop_token_ids": [1, "2"]}, "stop_token_ids[1]"),
+        ({"stop_token_ids": list(range(33))}, "stop_token_ids"),
         ({"logit_bias": {"1": 2}}, "logit_bias"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
@@ -237,6 +275,16 @@ async def test_a_failure_after_a_comment_stays_inside_the_stream() -> None:
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"service_tier": "gold"}, "service_tier"),
+        ({"prompt_cache_key": "x" * 257}, "prompt_cache_key"),
+        ({"x_tally": 1}, "x_tally"),
+        ({"x_tally": {"max_prize": "1"}}, "x_tally.max_prize"),
+        ({"x_tally": {"max_price": 0.1}}, "x_tally.max_price"),
+        ({"x_tally": {"max_price": "-1"}}, "x_tally.max_price"),
+        ({"x_tally": {"tier": "gold"}}, "x_tally.tier"),
+        ({"x_tally": {"tier": "priority", "batch": True}}, "x_tally.tier"),
+        ({"x_tally": {"reservation": "0x12"}}, "x_tally.reservation"),
+        ({"x_tally": {"only": ["0x" + "aa" * 20, "me"]}}, "x_tally.only[1]"),
+        ({"x_tally": {"private": "yes"}}, "x_tally.private"),
     ],
 )
 def test_a_bad_parameter_is_named(change: dict[str, Any], param: str) -> None:

@@ -144,24 +144,29 @@ async def test_a_stop_string_of_one_token_lets_the_provider_stop_and_sign() -> N
     fake = market(Say(ids("one")), Say(newline), Finish())
     async with serving(fake) as served:
         answer = await ask(served, stop="\n")
-    assert fake.specs[0].stop_ids == newline
+    assert fake.specs[0].options.stop_ids == newline
     assert answer.choices[0].message.content == "one"
     assert answer.usage.tally["final"] is True and fake.closed == 0
 
 
 async def test_logprobs_are_of_the_chosen_tokens() -> None:
-    async with serving(market()) as served:
-        whole = await ask(served, logprobs=True, top_logprobs=1)
+    other = ids("z")[0]
+    said = [Say(ids(text), likeliest=((other, -0.25), (ids("y")[0], -0.75))) for text in ("hello", " world")]
+    async with serving(market(*said, Say((end_id(),)), Finish())) as served:
+        whole = await ask(served, logprobs=True, top_logprobs=2)
         content = whole.choices[0].logprobs.content
         chunks = [chunk async for chunk in await ask(served, logprobs=True, stream=True)]
         legacy = await served.client().completions.create(model="tally-test", prompt="x", logprobs=1)
     assert "".join(entry.token for entry in content) == "hello world"
-    assert all(entry.logprob == -0.5 and entry.top_logprobs[0].token == entry.token for entry in content)
+    assert all(entry.logprob == -0.5 for entry in content)
+    assert all([(o.token, o.logprob) for o in e.top_logprobs] == [("z", -0.25), ("y", -0.75)] for e in content)
     streamed = [e for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
     assert [entry.token for entry in streamed] == [entry.token for entry in content]
     found = legacy.choices[0].logprobs
     assert found is not None and found.tokens is not None and found.text_offset is not None
     assert "".join(found.tokens) == "hello world" and found.text_offset[0] == 0
+    assert found.top_logprobs is not None
+    assert found.top_logprobs[0] == {"z": -0.25, found.tokens[0]: -0.5}
 
 
 # --------------------------------------------------------------------------------------------------------- streaming

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from node.gateway.text import ChatMessage, TemplateRefused, TextCodec
+from node.gateway.detokenise import Token
+from node.gateway.template import TemplateRefused
+from node.gateway.text import ChatMessage, TextCodec
 from node.gateway.vocabulary import CardUnusable
 from node.ports import ModelCard
 from tests.node.gateway import cards
@@ -227,7 +229,7 @@ def batches(ids: list[int], cuts: list[int]) -> Iterable[list[int]]:
 
 def streamed(kind: str, ids: list[int], cuts: list[int], stops: list[str]) -> tuple[str, str | None]:
     stream = codec(kind).stream(stops)
-    pieces = [stream.push(batch).text for batch in batches(ids, cuts)]
+    pieces = [stream.push([Token(number) for number in batch]).text for batch in batches(ids, cuts)]
     return "".join([*pieces, stream.finish().text]), stream.stopped
 
 
@@ -254,7 +256,7 @@ def test_pieces_join_to_the_whole_whatever_the_batches(ids: list[int], cuts: lis
 def test_no_replacement_character_appears_inside_good_text(kind: str, text: str) -> None:
     ids = list(codec(kind).encode_text(text))
     stream = codec(kind).stream()
-    pieces = [stream.push([number]).text for number in ids]
+    pieces = [stream.push([Token(number)]).text for number in ids]
     shown = "".join([*pieces, stream.finish().text])
     assert shown.count("�") == text.count("�")
     assert shown == published(kind).decode(ids, skip_special_tokens=True)
@@ -278,7 +280,7 @@ def test_text_ends_before_the_first_stop_wherever_tokens_end(text: str, stops: l
 def test_each_token_is_reported_once_in_order_with_its_bytes(text: str, stops: list[str]) -> None:
     ids = list(codec("byte-level").encode_text(text))
     stream = codec("byte-level").stream(stops)
-    pieces = [stream.push([number], [-float(place)]) for place, number in enumerate(ids)]
+    pieces = [stream.push([Token(number, -float(place))]) for place, number in enumerate(ids)]
     pieces.append(stream.finish())
     tokens = [token for piece in pieces for token in piece.tokens]
     assert [token.logprob for token in tokens] == [-float(place) for place in range(len(tokens))]

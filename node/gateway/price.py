@@ -1,0 +1,73 @@
+"""What a job may cost at most under the offers known now, before it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from node.gateway.errors import ApiError, invalid
+from node.ports import JobSpec, MarketEntry
+from protocol.tariff import Basis, tier_terms, worst_case_up
+from protocol.units import BPS, ZERO_DIGEST, Digest, JobKind, Tier, Wei
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """The worst case under the cheapest and under the dearest offer that can take the job. `offers`: how many can."""
+
+    offers: int
+    least: Wei
+    most: Wei
+
+
+def price_up(entries: Sequence[MarketEntry], spec: JobSpec, profile: Digest) -> Price | None:
+    """Worst cases, in wei; None when no offer can take the job for its size, its profile or its `only`.
+
+    Raises: ApiError, 400 when none of the offers sells the tier, 402 when all of them could cost more than the ceiling.
+    """
+    tier = Tier(spec.tier)
+    if entries and not any(tier_terms(entry.tariff, tier)[0] for entry in entries):
+        said = (
+            f"Nobody sells {spec.model!r} at the {tier.name.lower()} tier. Nothing was sent or paid. Ask for another."
+        )
+        raise invalid("service_tier", said, "tier_not_offered")
+    costs = [_worst(entry, spec) for entry in entries if _fits(entry, spec, profile)]
+    if not costs:
+        return None
+    ceiling = spec.price_ceiling
+    if ceiling is not None and min(costs) > ceiling:
+        said = f"The job could cost {min(costs)} wei, above the limit of {ceiling}. Nothing was sent or paid."
+        raise ApiError(402, "insufficient_quota", "price_ceiling", f"{said} Ask for fewer tokens, or allow more.")
+    return Price(len(costs), Wei(min(costs)), Wei(max(cost for cost in costs if ceiling is None or cost <= ceiling)))
+
+
+def price_json(spec: JobSpec, price: Price | None) -> dict[str, Any]:
+    """The answer to a dry run. Amounts are wei as decimal strings, None where no offer can take the job now."""
+    return {
+        "object": "tally.price",
+        "model": spec.model,
+        "prompt_tokens": len(spec.prompt),
+        "max_tokens": spec.max_tokens,
+        "offers": price.offers if price else 0,
+        "least_wei": str(price.least) if price else None,
+        "most_wei": str(price.most) if price else None,
+    }
+
+
+def _fits(entry: MarketEntry, spec: JobSpec, profile: Digest) -> bool:
+    longest = max(spec.options.inputs, default=len(spec.prompt) + spec.max_tokens)
+    return (
+        entry.profile == profile
+        and longest <= entry.max_context
+        and spec.max_tokens <= entry.max_output
+        and (not spec.only or entry.provider in spec.only)
+        and tier_terms(entry.tariff, Tier(spec.tier))[0] > 0
+    )
+
+
+def _worst(entry: MarketEntry, spec: JobSpec) -> int:
+    reserved = spec.reservation != ZERO_DIGEST
+    base_bps = BPS - entry.tariff.reserved_discount_bps if reserved else entry.base_bps
+    basis = Basis(JobKind(spec.kind), Tier(spec.tier), spec.private, base_bps, spec.reservation)
+    return worst_case_up(entry.tariff, len(spec.prompt), spec.max_tokens, basis)
