@@ -379,6 +379,7 @@ async def gateway_app(config: NodeConfig) -> AsyncIterator[GatewayApp]:
             api_keys=keys,
             clock=clock,
             entropy=entropy,
+            max_price=config.client.max_price,
         )
         port = await server.start()
         stack.push_async_callback(server.stop)
