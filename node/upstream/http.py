@@ -142,11 +142,15 @@ class HttpServer:
 
     async def get(self, path: str) -> Any:
         """A JSON answer. Raises: UpstreamError, Busy, Rejected."""
+        return _decoded(await self._answer("GET", path, None))
+
+    async def get_raw(self, path: str) -> bytes:
+        """An answer as it came. Raises: UpstreamError, Busy, Rejected."""
         return await self._answer("GET", path, None)
 
     async def post(self, path: str, body: object) -> Any:
         """A JSON answer. Raises: UpstreamError, Busy, Rejected."""
-        return await self._answer("POST", path, body)
+        return _decoded(await self._answer("POST", path, body))
 
     async def stream(self, path: str, body: object) -> Events:
         """Begin an event stream; returns when the server has accepted the request (its headers are in).
@@ -161,18 +165,17 @@ class HttpServer:
             raise
         return Events(response)
 
-    async def _answer(self, method: str, path: str, body: object) -> Any:
+    async def _answer(self, method: str, path: str, body: object) -> bytes:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 response = await self._request(method, path, body)
                 try:
                     await _check(response)
-                    raw = await _body(response, MAX_ANSWER_BYTES)
+                    return await _body(response, MAX_ANSWER_BYTES)
                 finally:
                     response.close()
         except TimeoutError as exc:
             raise UpstreamError(f"the upstream server did not answer within {ANSWER_TIMEOUT_S:g} s") from exc
-        return _decoded(raw)
 
     async def _request(self, method: str, path: str, body: object) -> aiohttp.ClientResponse:
         assert self._session is not None, "requests are made inside `async with`"
