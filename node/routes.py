@@ -68,7 +68,7 @@ def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
 
 
 def market_routes(marketplace: Marketplace, chain: Chain) -> dict[str, Route]:
-    """`market`, answered by a running client. With `measure` each offer has its `reference`; `text`: counted as well."""
+    """`market`, answered by a running client. `measure`: each offer with its `reference`; `text`: counted as well."""
     references = References(marketplace)
 
     async def market(params: dict[str, Any]) -> dict[str, Any]:
