@@ -228,6 +228,8 @@ def worst_case_up(tariff: Tariff, prompt_tokens: int, completion_tokens: int, ba
     """
     read = tariff.embedding_price if basis.kind is JobKind.EMBED else tariff.prompt_price
     dearer = max(tariff.completion_price, tariff.reasoning_price)
-    lines = prompt_tokens * read + completion_tokens * dearer
-    multiplier = multiplier_of(tariff, basis, prompt_tokens)
-    return Wei(-(-multiplier * lines // MULTIPLIER_ONE) + tariff.per_request)
+    lengths = [prompt_tokens]
+    if basis.kind is JobKind.EMBED:  # may end after any text, before it was long enough for a long-context discount
+        lengths.append(min(prompt_tokens, tariff.long_context_threshold))
+    metered = max(multiplier_of(tariff, basis, n) * (n * read + completion_tokens * dearer) for n in lengths)
+    return Wei(-(-metered // MULTIPLIER_ONE) + tariff.per_request)

@@ -109,7 +109,10 @@ class Work:
 
     @property
     def room(self) -> int:
-        """Tokens until the leaf is full and a receipt is due; never more than max_tokens leaves."""
+        """Tokens until the leaf is full and a receipt is due; never more than max_tokens leaves, and none in an
+        embedding job."""
+        if self.embeds:
+            return 0
         return min(LEAF_TOKENS - len(self.pending), self.request.max_tokens - self.completion_tokens)
 
     def hit(self, cached_tokens: int, *, kept: bool) -> Work:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from protocol.cache import BLOCK_TOKENS, block_heads, hit_limit
 from protocol.eip712 import Domain, digest
 from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
-from protocol.options import NO_OPTIONS, encode_options, options_hash
+from protocol.options import NO_OPTIONS, JobOptions, encode_options, options_hash
 from protocol.transcript import Row
 from protocol.units import ZERO_DIGEST, Address, Digest, FinishReason, JobId, JobKind, Tier, Wei
-from protocol.work import Work
-from tests.protocol.sheets import PROFILE, bases, tariffs
+from protocol.work import Work, check_receipt
+from tests.protocol.sheets import PROFILE, SHEET, bases, tariffs
 
 DOMAIN: Final = Domain(31337, Address(b"\x11" * 20))
 START: Final = 1_750_000_000_000
@@ -53,7 +53,7 @@ REQUEST: Final = JobRequest(
 class Job:
     """`frames`: tokens per frame and ms since the last. `lag_ms`: how much later the client hears. `vouched`: wei.
 
-    `wait_ms`: how long each voucher lets the provider wait.
+    `wait_ms`: how long each voucher lets the provider wait. `salted`: the payer named a cache; its prompt is 0, 1, ...
     """
 
     request: JobRequest
@@ -66,13 +66,19 @@ class Job:
     wait_ms: int = 0
     kept: bool = False
     profile: Profile = PROFILE
+    options: JobOptions = NO_OPTIONS
+    salted: bool = True
+
+    def accept(self) -> Accept:
+        """How the provider took it."""
+        return Accept(Digest(digest(DOMAIN, self.request)), ZERO_DIGEST, ZERO_DIGEST, START)
 
     def begin(self, seen_at: int = 0) -> Work:
         """Either side's account at acceptance; `seen_at` of a client."""
-        job_id = JobId(digest(DOMAIN, self.request))
-        accept = Accept(Digest(job_id), ZERO_DIGEST, ZERO_DIGEST, START)
-        heads = block_heads(SALT, range(self.request.prompt_tokens))
-        return Work.start(job_id, self.request, NO_OPTIONS, self.tariff, self.profile, accept, heads, seen_at)
+        accept = self.accept()
+        heads = block_heads(SALT, range(self.request.prompt_tokens)) if self.salted else ()
+        job_id = JobId(accept.job_id)
+        return Work.start(job_id, self.request, self.options, self.tariff, self.profile, accept, heads, seen_at)
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,40 @@ def play(job: Job) -> Iterator[Stage]:
     yield Stage(client, receipt, provider.sealed(digest(DOMAIN, receipt)), now + job.lag_ms)
 
 
+def stages(job: Job) -> list[Stage]:
+    """Every receipt of a job that an honest client follows."""
+    game, out = play(job), []
+    stage: Stage | None = next(game)
+    while stage is not None:
+        out.append(stage)
+        after, _ = check_receipt(DOMAIN, stage.client, stage.receipt, stage.now_ms)
+        try:
+            stage = game.send(after)
+        except StopIteration:
+            stage = None
+    return out
+
+
+def row(number: int, routing: bytes = b"") -> Row:
+    """Some token."""
+    return Row(number, b"\x3c\x00", bytes([number % 256]) * 16, routing)
+
+
+LONG: Final = Job(
+    replace(REQUEST, max_tokens=90),
+    SHEET,
+    cached=32,
+    frames=tuple((tuple(row(first + i) for i in range(20)), 400) for first in (0, 20, 40, 60)),
+    finish=FinishReason.STOP,
+    lag_ms=30,
+    vouched=Wei(5_000),
+    wait_ms=200,
+)
+"""80 of 90 tokens: interim receipts at 32 and 64, a final one over 16 more."""
+
+EXPERTS: Final = replace(PROFILE, total_parameters=47_000_000_000, moe_layers=32, experts=8, experts_chosen=2)
+"""A mixture of experts, whose tokens carry 8 bytes of routing evidence."""
+
 rows = st.builds(
     Row,
     st.integers(0, (1 << 32) - 1),
@@ -126,7 +166,10 @@ endings = st.sampled_from([reason for reason in FinishReason if reason not in NO
 
 @st.composite
 def jobs(draw: st.DrawFn, sheets: st.SearchStrategy[Tariff] | None = None) -> Job:
-    """Jobs of up to 100 output tokens in frames of any size, over any admitted tariff."""
+    """Jobs of up to 100 output tokens in frames of any size, over any admitted tariff.
+
+    Of dense models and experts, with and without a cache, and with reasoning blocks that open and close anywhere.
+    """
     prompt = draw(st.integers(1, 5_000))
     tariff = draw(tariffs() if sheets is None else sheets)
     basis = draw(bases(tariff).filter(lambda basis: basis.kind is not JobKind.EMBED))
@@ -142,19 +185,34 @@ def jobs(draw: st.DrawFn, sheets: st.SearchStrategy[Tariff] | None = None) -> Jo
         client_nonce=Digest(draw(st.binary(min_size=32, max_size=32))),
     )
     token = draw(rows)
+    profile, salted = draw(st.sampled_from([PROFILE, EXPERTS])), draw(st.booleans())
+    if profile.moe_layers:
+        token = token._replace(routing=draw(st.binary(min_size=8, max_size=8)))
+    if draw(st.booleans()):
+        opened, closed = (draw(st.integers(0, 120)) for _ in range(2))
+        markers = {
+            "reasoning_start": (token.token_id + opened) % 2**32,
+            "reasoning_end": (token.token_id + closed) % 2**32,
+        }
+        profile = replace(profile, **markers)
+    options = JobOptions(reasoning_open=draw(st.booleans()))
+    request = replace(request, options_hash=options_hash(encode_options(options)))
     frames = []
     for size, pause in draw(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 3_000)), max_size=5)):
         frames.append((tuple(token._replace(token_id=(token.token_id + i) % 2**32) for i in range(size)), pause))
     return Job(
         request=request,
         tariff=tariff,
-        cached=draw(st.integers(0, hit_limit(prompt) // BLOCK_TOKENS)) * BLOCK_TOKENS,
+        cached=draw(st.integers(0, hit_limit(prompt) // BLOCK_TOKENS)) * BLOCK_TOKENS if salted else 0,
         frames=tuple(frames),
         finish=draw(endings),
         lag_ms=draw(st.integers(0, 2_000)),
         vouched=Wei(draw(st.integers(0, 1 << 95))),
         wait_ms=draw(st.integers(0, 5_000)),
         kept=draw(st.booleans()),
+        profile=profile,
+        options=options,
+        salted=salted,
     )
 
 

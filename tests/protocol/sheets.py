@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Final
 
 from hypothesis import HealthCheck, settings
@@ -168,3 +169,25 @@ def timings(draw: st.DrawFn) -> Timing:
     start = max(received, first)
     finished = draw(st.one_of(st.just(0), st.integers(start, start + 10**6)))
     return Timing(received, first, finished, draw(st.one_of(st.just(0), st.integers(0, 10**6))))
+
+
+def exact_metered(tariff: Tariff, usage: Usage, basis: Basis) -> Fraction:
+    """The formula of the specification, unrounded, written down a second time."""
+    tier_bps = {Tier.FLEX: tariff.flex_bps, Tier.STANDARD: tariff.standard_bps, Tier.PRIORITY: tariff.priority_bps}
+    factor = Fraction(tier_bps[basis.tier], 10_000)
+    if usage.prompt > tariff.long_context_threshold:
+        factor *= Fraction(tariff.long_context_bps, 10_000)
+    if basis.private:
+        factor *= Fraction(tariff.privacy_bps, 10_000)
+    if basis.reservation == ZERO_DIGEST:
+        factor *= Fraction(basis.base_bps, 10_000)
+    else:
+        factor *= 1 - Fraction(tariff.reserved_discount_bps, 10_000)
+    if basis.kind is JobKind.EMBED:
+        return factor * usage.prompt * tariff.embedding_price
+    return factor * (
+        (usage.prompt - usage.cached) * tariff.prompt_price
+        + usage.cached * tariff.cached_price
+        + (usage.completion - usage.reasoning) * tariff.completion_price
+        + usage.reasoning * tariff.reasoning_price
+    )

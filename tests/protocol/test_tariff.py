@@ -32,7 +32,18 @@ from protocol.units import (
     Wei,
 )
 from tests.protocol.jobs import REQUEST, START, Job
-from tests.protocol.sheets import BASIS, ON_SLOW_CPU, SHEET, bases, prompt_counts, sales, tariffs, tiers, timings
+from tests.protocol.sheets import (
+    BASIS,
+    ON_SLOW_CPU,
+    SHEET,
+    bases,
+    exact_metered,
+    prompt_counts,
+    sales,
+    tariffs,
+    tiers,
+    timings,
+)
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "tariff.json").read_text())
 U64, U32 = (1 << 64) - 1, (1 << 32) - 1
@@ -42,28 +53,6 @@ NO_PROMISE = Timing(1, 2, 0)
 RESERVED = Digest(b"\x77" * 32)
 QUIET = Job(REQUEST, SHEET, 0, (), FinishReason.CANCELLED, 0, Wei(0))
 _, RECEIPT = QUIET.begin().receipt(FinishReason.CANCELLED, START, Wei(0))
-
-
-def exact_metered(tariff: Tariff, usage: Usage, basis: Basis) -> Fraction:
-    """The formula of the specification, unrounded, written down a second time."""
-    tier_bps = {Tier.FLEX: tariff.flex_bps, Tier.STANDARD: tariff.standard_bps, Tier.PRIORITY: tariff.priority_bps}
-    factor = Fraction(tier_bps[basis.tier], 10_000)
-    if usage.prompt > tariff.long_context_threshold:
-        factor *= Fraction(tariff.long_context_bps, 10_000)
-    if basis.private:
-        factor *= Fraction(tariff.privacy_bps, 10_000)
-    if basis.reservation == ZERO_DIGEST:
-        factor *= Fraction(basis.base_bps, 10_000)
-    else:
-        factor *= 1 - Fraction(tariff.reserved_discount_bps, 10_000)
-    if basis.kind is JobKind.EMBED:
-        return factor * usage.prompt * tariff.embedding_price
-    return factor * (
-        (usage.prompt - usage.cached) * tariff.prompt_price
-        + usage.cached * tariff.cached_price
-        + (usage.completion - usage.reasoning) * tariff.completion_price
-        + usage.reasoning * tariff.reasoning_price
-    )
 
 
 def refund_share(tariff: Tariff, tier: Tier) -> Fraction:
