@@ -152,6 +152,11 @@ class Answer:
         return found
 
 
+def unchunked(answer: Answer) -> Any:
+    """The JSON object of an answer that came in chunks."""
+    return json.loads(answer.body[answer.body.index(b"{") : answer.body.rindex(b"}") + 1])
+
+
 async def read_answer(reader: asyncio.StreamReader) -> Answer:
     head, _, body = (await reader.read(-1)).partition(b"\r\n\r\n")
     return Answer(int(head.split()[1]) if head else 0, head.decode(), body)
