@@ -19,6 +19,9 @@ BURST_S: Final = 60
 """How much unused right is saved up. Unit: s of its rate. Doubling it lets a holder that paused for two minutes take
 twice as much at once from slots that others use; halving it makes interactive use, which comes in bursts, wait."""
 
+HORIZON: Final = 512
+"""How far ahead capacity is sold, the running period included. Unit: periods. The contract's own bound."""
+
 MICRO: Final = 1_000_000
 """Micro-STE in an STE."""
 

@@ -23,8 +23,8 @@ from protocol.tariff import check_in_force, check_tariff
 from protocol.units import BPS, Address, Digest, Verifiability
 
 MAX_OFFER_LIFE_S: Final = 3600
-"""Longest an offer may claim to live. Unit: s. A dead provider is forgotten after that; offers are renewed every
-15 minutes, so doubling it only makes the market staler."""
+"""Longest an offer may claim to live. Unit: s. A dead provider is forgotten after that; our offers live
+ten minutes, so doubling it only makes the market staler."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -346,7 +346,7 @@ def quit_(session: Session, reservation_id: str, yes: bool, as_json: bool) -> No
 @click.option("--price", "per_ste", type=Setting("tally", price), required=True, help="TALLY per million STE.")
 @click.option("--profile", "profile_text", metavar="0x…", help="Profile id. [default: what the provider here serves]")
 @click.option("--min-term", type=Setting("duration", duration), default="1h", show_default=True, help="Shortest term.")
-@click.option("--max-term", type=Setting("duration", duration), default="7d", show_default=True, help="Longest term.")
+@click.option("--max-term", type=Setting("duration", duration), help="Longest term. [default: as far as can be sold]")
 @click.option("--close", is_flag=True, help="Sell no more; what was sold stays sold.")
 @yes_option
 @json_option
@@ -357,7 +357,7 @@ def offer(
     per_ste: int,
     profile_text: str | None,
     min_term: int,
-    max_term: int,
+    max_term: int | None,
     close: bool,
     yes: bool,
     as_json: bool,
@@ -374,11 +374,13 @@ def offer(
     confirm(yes, f"sell up to {_rate(capacity)} STE/s at {money.per_million(per_ste)} TALLY per million STE")
 
     async def act(chain: Web3Chain, _: Signer) -> Mined:
+        from incentives.reservation import HORIZON
         from node.ports import CapacityTerms
 
         length = await chain.period_seconds()
         least = -(-min_term // length)
-        most = 0 if close else max(least, max_term // length)
+        most = HORIZON if max_term is None else max(least, max_term // length)
+        most = 0 if close else most
         return await chain.offer_capacity(profile_id, CapacityTerms(capacity, Wei(per_ste), least, most))
 
     transact(session, config, act, as_json)

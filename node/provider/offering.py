@@ -26,8 +26,10 @@ from protocol.units import BPS, Digest
 
 log = logging.getLogger("tally.provider.offering")
 
-OFFER_LIFE_S: Final = 1800
-"""Life of one offer. Unit: s. Renewed at half of it, so a live provider never drops out of the market."""
+OFFER_LIFE_S: Final = 600
+"""Life of one offer. Unit: s. Renewed at half of it, so a live provider never drops out of the market. Jobs may name
+the multiplier of any live offer, so price follows demand no later than this: doubling it lets payers keep a multiplier
+of before a rush twice as long, halving it doubles the gossip (about 1.2 KiB each time)."""
 
 TARIFF_LIFE_S: Final = 90 * 24 * 3600
 """Life of one tariff. Unit: s. Renewed a week before its end."""

@@ -7,7 +7,7 @@ from typing import Final
 
 from eth_hash.auto import keccak
 
-from incentives.reservation import earned_down, per_period_up
+from incentives.reservation import HORIZON, earned_down, per_period_up
 from node.chain.errors import ContractReverted
 from node.ports import CapacityTerms, ReservationOrder, ReservationRecord
 from protocol.units import BPS, ZERO_ADDRESS, ZERO_DIGEST, Address, Digest, Wei
@@ -15,8 +15,6 @@ from tests.twins.memory_contracts import FEE_BPS, State
 
 PERIOD_S: Final = 60
 """Length of a period, as `make devnet` deploys it. Unit: s."""
-
-HORIZON: Final = 512
 
 
 def offer(state: State, sender: Address, profile_id: Digest, terms: CapacityTerms) -> None:

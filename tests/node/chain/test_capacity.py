@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import AsyncIterator
+
 import pytest
 
 from incentives.reservation import earned_down
@@ -9,7 +12,7 @@ from node.chain.errors import ContractReverted, NotEnoughTally, NoWallet
 from node.ports import CapacityTerms, ReservationOrder, ReservationRecord
 from protocol.units import ZERO_ADDRESS, ZERO_DIGEST, Digest, Wei
 from tests.node.chain.helpers import session
-from tests.twins.chain_lab import LAB_OPTIONS, RICH_TALLY, ChainLab, secret_of
+from tests.twins.chain_lab import LAB_OPTIONS, RICH_TALLY, AnvilLab, ChainLab, MemoryLab, secret_of
 
 PROFILE = Digest(b"\x07" * 32)
 TERMS = CapacityTerms(capacity=5_000_000, price=Wei(1_000), min_periods=2, max_periods=10)
@@ -189,3 +192,79 @@ async def test_a_right_counts_only_once_its_block_does(lab: ChainLab) -> None:
     assert await careful.reservation(record.id) is None
     await lab.mine(2)
     assert await careful.reservation(record.id) == record
+
+
+class Life:
+    """A seller, two traders, and a die that decides what happens in each of many periods."""
+
+    def __init__(self, lab: ChainLab, seed: int) -> None:
+        self.lab, self.dice = lab, random.Random(seed)
+        self.rights: list[Digest] = []
+
+    async def begin(self) -> Life:
+        self.market = await Market(self.lab).open()
+        self.began = await self.market.period()
+        return self
+
+    async def steps(self, count: int) -> AsyncIterator[object]:
+        """What each step said: nothing, or the name of the refusal. Each is taken ten seconds into a period."""
+        for _ in range(count):
+            await self.market.gone_to((await self.market.period() + 1) * PERIOD + 10)
+            try:
+                yield await self._step(await self.market.period())
+            except ContractReverted as refused:
+                yield refused.name
+
+    async def _step(self, period: int) -> object:
+        dice, market = self.dice, self.market
+        trader = dice.choice([market.buyer, market.other])
+        number = dice.randrange(len(self.rights)) if self.rights else 0
+        match dice.choice(["offer", "buy", "buy", "buy", "buy", "transfer", "assign", "quit", "release", "claim"]):
+            case "offer":
+                terms = CapacityTerms(dice.randrange(8_000_000), Wei(dice.randrange(2_000)), dice.randrange(3), 12)
+                await market.seller.offer_capacity(PROFILE, terms)
+            case "buy":
+                order = market.order(period + dice.randrange(4), dice.randrange(1, 14), dice.randrange(2_500_000))
+                self.rights.append((await trader.buy_reservation(order))[0])
+            case "claim":
+                await trader.claim_reservation(market.seller_wallet.address, self.rights)
+            case _ if not self.rights:
+                return None
+            case "transfer":
+                await trader.transfer_reservation(self.rights[number], market.other_wallet.address)
+            case "assign":
+                await trader.assign_reservation(self.rights[number], session(number).address)
+            case "quit":
+                await trader.quit_reservation(self.rights[number])
+            case "release":
+                await market.seller.release_reservation(self.rights[number])
+        return None
+
+    async def books(self) -> object:
+        """Every right with its times in periods since the beginning; what moves by the second is left out."""
+        records = [await self.market.seller.reservation(right) for right in self.rights]
+        return [
+            (
+                r.holder,
+                r.session,
+                r.rate,
+                r.start // PERIOD - self.began,
+                r.end // PERIOD - self.began,
+                r.notice,
+                r.per_period,
+            )
+            for r in records
+            if r is not None
+        ]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_the_twin_and_the_contract_lead_the_same_life(seed: int, anvil_lab: AnvilLab) -> None:
+    twin, real = await Life(MemoryLab(), seed).begin(), await Life(anvil_lab, seed).begin()
+    said: list[object] = []
+    real_steps = real.steps(60)
+    async for told in twin.steps(60):
+        assert await anext(real_steps) == told
+        said.append(told)
+    assert await twin.books() == await real.books()
+    assert len(twin.rights) > 8 and len(set(said)) > 4, "a life of refusals, or of none, would prove little"

@@ -6,18 +6,28 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from web3 import HTTPProvider, Web3
+from web3.types import RPCEndpoint
 
+from devnet.anvil import Anvil
+from devnet.deploy import fund
+from node.chain import Deployment
+from node.cli.main import cli
 from node.config import NodeConfig
+from node.keys import save
 from node.ports import CapacityTerms
 from protocol.signing import Signer
 from protocol.units import WEI_PER_TALLY, Digest, Wei
 from tests.node.cli.conftest import Tally
 from tests.node.cli.sticks import NODE, SESSION, WALLET
 from tests.twins.chain_lab import LAB_OPTIONS, MemoryLab, secret_of
+from tests.twins.wall_clock import WallClock
 
 PROFILE = Digest(b"\x07" * 32)
 SELLER = secret_of(1)
@@ -155,3 +165,56 @@ def test_nothing_is_bought_without_a_yes_or_above_the_limit(furnished: Path, tal
 def test_bad_input_is_named(arguments: tuple[str, ...], said: str, furnished: Path, tally: Tally, desk: Desk) -> None:
     result = tally("reservation", *arguments)
     assert result.exit_code in (1, 2) and said in result.stderr
+
+
+@pytest.mark.slow
+def test_the_same_on_the_contract_itself(
+    tmp_path: Path, anvil: Anvil, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two homes, one chain: sell, buy, transfer, claim with the commands alone."""
+    wallets = {name: Signer.from_secret(bytes([number]) * 32) for number, name in enumerate(("seller", "buyer"), 77)}
+    for name, signer in wallets.items():
+        for role, key in (("wallet", signer), ("session", SESSION)):
+            save(tmp_path / name / "keys", role, "correct horse", key.secret, scrypt_n=1024)
+        (tmp_path / name / "password").write_text("correct horse\n")
+        (tmp_path / name / "password").chmod(0o600)
+        deployment.save(tmp_path / name / "deployment.json")
+    accounts = [signer.address for signer in wallets.values()]
+    bank = anvil.accounts[0]
+    asyncio.run(fund(anvil.rpc_url, deployment, bank, WallClock(), accounts, Wei(10 * WEI_PER_TALLY), 10**18))
+    monkeypatch.setenv("TALLY_CHAIN_RPC_URL", anvil.rpc_url)
+
+    def tally(who: str, *arguments: str) -> Any:
+        result = CliRunner().invoke(cli, ["--home", str(tmp_path / who), "reservation", *arguments, "--json"])
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    def balance(who: str) -> int:
+        result = CliRunner().invoke(cli, ["--home", str(tmp_path / who), "wallet", "show", "--json"])
+        return int(json.loads(result.stdout)["balance_wei"])
+
+    profile, seller, buyer = "0x" + PROFILE.hex(), *("0x" + account.hex() for account in accounts)
+    tally("seller", "offer", "5", "--price", "0.2", "--profile", profile, "--min-term", "60s", "--yes")
+    # From the running minute on, so that something is earned at once.
+    now = datetime.fromtimestamp(_newest(anvil), UTC).isoformat()
+    right = tally("buyer", "buy", profile, "2.5", "--for", "20m", "--from", seller, "--start", now, "--yes")
+    (held,) = tally("buyer", "list")
+    cost = int(held["price_wei"])
+    assert held["reservation"] == right["reservation"] and cost in (
+        20 * 60 * PRICE * 25 // 10,
+        21 * 60 * PRICE * 25 // 10,
+    )
+    assert balance("buyer") == 10 * WEI_PER_TALLY - cost
+    Web3(HTTPProvider(anvil.rpc_url)).provider.make_request(RPCEndpoint("evm_increaseTime"), [90])
+    tally("seller", "claim")
+    assert 0 < balance("seller") - 10 * WEI_PER_TALLY < cost
+    tally("buyer", "transfer", right["reservation"], seller, "--yes")
+    assert tally("buyer", "list") == []
+    (sold,) = tally("seller", "list")
+    assert (sold["holder"], sold["session"], sold["side"]) == (seller, None, "holder")
+    assert buyer != seller
+
+
+def _newest(anvil: Anvil) -> int:
+    """The newest block's time, Unix s."""
+    return int(Web3(HTTPProvider(anvil.rpc_url)).eth.get_block("latest")["timestamp"])
