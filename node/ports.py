@@ -463,8 +463,8 @@ class PreparedSettlement:
 class CapacityTerms:
     """What a provider sells ahead for a profile. `capacity`: micro-STE per second that may be sold at any instant.
 
-    `price`: wei per STE. `min_periods`, `max_periods`: of one purchase; a maximum of 0 sells nothing. The minimum is the
-    notice a holder may quit with as well.
+    `price`: wei per STE. `min_periods`, `max_periods`: of one purchase; a maximum of 0 sells nothing. The minimum is
+    the notice a holder may quit with as well.
     """
 
     capacity: int
