@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.errors import TierNotOffered
+from protocol.errors import FieldOutOfRange, TierNotOffered
 from protocol.messages import Offer, Tariff
 from protocol.metering import Usage
 from protocol.packing import pack
@@ -56,7 +56,10 @@ class Candidate:
 
 
 def basis_for(offer: Offer, tariff: Tariff, needs: Needs) -> Basis:
-    """What a job is priced by under an offer: its base multiplier, or the reserved price that knows no congestion."""
+    """What a job is priced by under an offer: its base multiplier, or the reserved price that knows no congestion.
+
+    Raises: FieldOutOfRange for batch work at another tier than flex.
+    """
     reserved = needs.reservation != ZERO_DIGEST
     base_bps = BPS - tariff.reserved_discount_bps if reserved else offer.base_bps
     return Basis(needs.kind, needs.tier, needs.private, base_bps, needs.reservation)
@@ -79,8 +82,8 @@ def rule_out(candidate: Candidate, needs: Needs, now_s: int) -> str | None:
         return f"its output is limited to {offer.max_output} tokens"
     try:
         worst = worst_case_up(tariff, needs.prompt_tokens, needs.max_tokens, basis_for(offer, tariff, needs))
-    except TierNotOffered as exc:
-        return str(exc)
+    except (TierNotOffered, FieldOutOfRange) as exc:
+        return str(exc)  # what its sheet has no price for stops nobody's search for another
     if worst > needs.ceiling:
         return f"it could cost {worst} wei, above the ceiling of {needs.ceiling}"
     return None

@@ -70,7 +70,10 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """What a job is priced by besides its counts. `base_bps`: base multiplier; `reservation`: zero for none."""
+    """What a job is priced by besides its counts. `base_bps`: base multiplier; `reservation`: zero for none.
+
+    Raises: FieldOutOfRange for batch work at another tier than flex, at whose price alone it is sold.
+    """
 
     kind: JobKind = JobKind.GENERATE
     tier: Tier = Tier.STANDARD
@@ -78,16 +81,21 @@ class Basis:
     base_bps: int = BPS
     reservation: Digest = ZERO_DIGEST
 
+    def __post_init__(self) -> None:
+        if self.kind == JobKind.BATCH and self.tier != Tier.FLEX:
+            raise FieldOutOfRange("JobRequest", "tier", self.tier)
+
 
 def basis_of(document: JobRequest | WorkReceipt) -> Basis:
-    """The pricing basis a request signs, or a receipt repeats. Raises: FieldOutOfRange for a kind or tier unknown."""
+    """The pricing basis a request signs, or a receipt repeats.
+
+    Raises: FieldOutOfRange for a kind or tier that is unknown, or that do not go together.
+    """
     name = type(document).__name__
     if document.kind not in tuple(JobKind):
         raise FieldOutOfRange(name, "kind", document.kind)
     if document.tier not in tuple(Tier):
         raise FieldOutOfRange(name, "tier", document.tier)
-    if document.kind == JobKind.BATCH and document.tier != Tier.FLEX:
-        raise FieldOutOfRange(name, "tier", document.tier)  # batch work is sold at the flex price
     return Basis(
         JobKind(document.kind),
         Tier(document.tier),
@@ -226,6 +234,8 @@ def worst_case_up(tariff: Tariff, prompt_tokens: int, completion_tokens: int, ba
 
     Raises: FieldOutOfRange, TierNotOffered.
     """
+    if basis.kind is JobKind.EMBED and completion_tokens:
+        raise FieldOutOfRange("Usage", "completion", completion_tokens)
     read = tariff.embedding_price if basis.kind is JobKind.EMBED else tariff.prompt_price
     dearer = max(tariff.completion_price, tariff.reasoning_price)
     lengths = [prompt_tokens]

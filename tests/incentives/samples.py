@@ -8,8 +8,9 @@ from typing import Final
 from incentives.channel import Channel
 from incentives.ledger import ChannelKey
 from incentives.selection import Candidate, Needs
+from protocol.base_price import base_epoch
 from protocol.messages import Offer
-from protocol.units import ZERO_DIGEST, Address, Tier, Verifiability, Wei
+from protocol.units import BPS, ZERO_DIGEST, Address, Tier, Verifiability, Wei
 from tests.protocol.sheets import SHEET
 
 NOW: Final = SHEET.valid_from + 1_000
@@ -43,6 +44,10 @@ def candidate(
         region_hash=ZERO_DIGEST,
         retention_hours=0,
         verifiability=Verifiability.REPLAY,
+        base_epoch=base_epoch(NOW),
+        base_bps=BPS,
+        base_parent_bps=BPS,
+        base_utilisation_bps=0,
         expires_at=NOW + 1_800,
     )
     return Candidate(replace(made, **offer), replace(SHEET, provider=address(provider), **(tariff or {})), queue_ms)

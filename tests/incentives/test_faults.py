@@ -171,6 +171,7 @@ def hits(prompt: int = 100, cached: int = 0) -> tuple[Tariff, WorkReceipt, WorkR
     )
     later = replace(
         receipt,
+        job_id=Digest(b"\x99" * 32),
         prompt_tokens=prompt + 70,
         cached_tokens=cached,
         completion_tokens=10,

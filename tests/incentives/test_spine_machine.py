@@ -40,7 +40,9 @@ from incentives.ledger import (
 from protocol.eip712 import Domain, digest
 from protocol.errors import Overspend
 from protocol.messages import Accept, JobRequest, Voucher, WorkReceipt
-from protocol.tariff import worst_case_up
+from protocol.options import NO_OPTIONS, encode_options, options_hash
+from protocol.tariff import Basis, worst_case_up
+from protocol.transcript import Row
 from protocol.units import (
     BPS,
     INCREMENT_TOKENS,
@@ -50,6 +52,7 @@ from protocol.units import (
     Digest,
     FinishReason,
     JobId,
+    JobKind,
     Tier,
     Wei,
 )
@@ -69,6 +72,7 @@ TARIFF = prices(
 )  # fmt: skip
 """Few wei a token, so that deposits run out. A job that is slow gets half of its cost back, with its last receipt."""
 
+BASIS, OPTIONS = Basis(), encode_options(NO_OPTIONS)
 START = 1_800_000_000_000
 
 
@@ -159,8 +163,8 @@ class SpineMachine(RuleBasedStateMachine):
     def open(self, prompt: int, tokens: int) -> Job | None:  # type: ignore[return]
         request = self._request(prompt, tokens)
         job_id = JobId(digest(DOMAIN, request))
-        first = worst_case_up(TARIFF, prompt, min(INCREMENT_TOKENS, tokens), Tier.STANDARD, private=False)
-        worst = worst_case_up(TARIFF, prompt, tokens, Tier.STANDARD, private=False)
+        first = worst_case_up(TARIFF, prompt, min(INCREMENT_TOKENS, tokens), BASIS)
+        worst = worst_case_up(TARIFF, prompt, tokens, BASIS)
         try:
             held = Wei(max(first, min(worst, self.client.channel.free)))
             reserved = apply(self.client.channel, ActionReserve(job_id, held)).state
@@ -170,8 +174,9 @@ class SpineMachine(RuleBasedStateMachine):
         self.client.channel = reserved
         accept = Accept(Digest(job_id), ZERO_DIGEST, ZERO_DIGEST, self.now)
         for side in (self.provider, self.client):
-            self.write(side, JobOpened(side.role, job_id, request, b"s" * 65, accept, b"s" * 65, "twin"))
-        halves = [Half(Work.start(job_id, request, TARIFF, profile(), accept)) for _ in range(2)]
+            self.write(side, JobOpened(side.role, job_id, request, b"s" * 65, accept, b"s" * 65, "twin", OPTIONS))
+        start = Work.start(job_id, request, NO_OPTIONS, TARIFF, profile(), accept, ())
+        halves = [Half(start) for _ in range(2)]
         job = Job(job_id, *halves)
         self.all.append(job)
         return job
@@ -181,7 +186,8 @@ class SpineMachine(RuleBasedStateMachine):
         values |= {"provider": PROVIDER, "client": CLIENT, "prompt_tokens": prompt, "max_tokens": tokens}
         values |= dict.fromkeys(("temperature_micro", "top_p_micro", "top_k"), 0)
         values |= {name: False for name in ("private", "is_private") if name in values}
-        values |= {"tier": Tier.STANDARD, "price_ceiling": 1 << 60, "deadline": START + 10**9}
+        values |= {"kind": JobKind.GENERATE, "tier": Tier.STANDARD, "base_bps": BPS}
+        values |= {"options_hash": options_hash(OPTIONS), "price_ceiling": 1 << 60, "deadline": START + 10**9}
         values |= {"client_nonce": len(self.all).to_bytes(32, "big")}
         return JobRequest(**values)
 
@@ -194,7 +200,7 @@ class SpineMachine(RuleBasedStateMachine):
         if not count or not self._reserved(job):
             return
         start = job.provider.work.completion_tokens
-        rows = tuple((3 + (start + i) % 50, b"\0\0", bytes(16)) for i in range(count))
+        rows = tuple(Row(3 + (start + i) % 50, b"\0\0", bytes(16)) for i in range(count))
         job.provider.work = job.provider.work.take(rows, self.now)
         job.client.work = job.client.work.take(rows, self.now)
 
@@ -204,7 +210,7 @@ class SpineMachine(RuleBasedStateMachine):
             return True
         work = job.provider.work
         upto = min(work.request.max_tokens, work.completion_tokens + INCREMENT_TOKENS)
-        worst = worst_case_up(TARIFF, work.request.prompt_tokens, upto, Tier.STANDARD, private=False)
+        worst = worst_case_up(TARIFF, work.request.prompt_tokens, upto, BASIS)
         try:
             held = ActionReserve(job.job_id, Wei(max(0, worst - job.provider.acked)))
             self.provider.channel = apply(self.provider.channel, held).state

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from protocol.eip712 import digest, fields_of
 from protocol.errors import FieldOutOfRange, ReceiptMismatch, RemoteProtocolError, TallyError, TierNotOffered
-from protocol.messages import JobRequest, Tariff, WorkReceipt
+from protocol.messages import Tariff, WorkReceipt
 from protocol.metering import Usage, embedding_flops
 from protocol.options import MAX_EMBED_INPUTS, JobOptions, encode_options, options_hash
 from protocol.tariff import PRICES, basis_of
@@ -377,13 +377,3 @@ def test_a_free_tariff_gives_receipts_over_nothing(job: Job) -> None:
         assert receipt.total == receipt.refund == receipt.prompt_line == receipt.completion_line == 0
         assert receipt.ste_micro > 0
     assert most_up(job.tariff, job.request, job.request.max_tokens) == 0
-
-
-@given(st.sampled_from(JobKind), st.sampled_from(Tier))
-def test_batch_work_is_sold_at_flex_alone(kind: JobKind, tier: Tier) -> None:
-    request: JobRequest = replace(REQUEST, kind=kind, tier=tier)
-    if kind is JobKind.BATCH and tier is not Tier.FLEX:
-        with pytest.raises(FieldOutOfRange):
-            basis_of(request)
-        return
-    assert (basis_of(request).kind, basis_of(request).tier) == (kind, tier)
