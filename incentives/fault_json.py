@@ -1,14 +1,16 @@
-"""A fault proof as one JSON text that travels: readable, self-contained, one spelling per value (as bundle_json.py)."""
+"""Fault proofs and commitments as JSON texts that travel, one spelling per value (as protocol/bundle_json.py)."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Final
 
 from incentives.faults import MOST_BETWEEN, Fault, Proof, SignedReceipt, SignedTariff
 from protocol.bundle_json import MalformedBundle, parse, signed_json
 from protocol.eip712 import Domain
-from protocol.messages import Tariff, WorkReceipt
+from protocol.messages import Commitment, Tariff, WorkReceipt
+from protocol.signing import verify
 from protocol.units import Address, Digest
 
 FORMAT: Final = "tallystick-fault/1"
@@ -49,3 +51,50 @@ def decode(text: str) -> Proof:
         tuple(SignedReceipt(*item.signed(WorkReceipt)) for item in top["receipts"].items()),
         tuple(Digest(item.hexadecimal(32)) for item in between),
     )
+
+
+# --------------------------------------------------------------------------------------------------------- commitments
+
+COMMITMENT_FORMAT: Final = "tallystick-commitment/1"
+
+
+@dataclass(frozen=True, slots=True)
+class SignedCommitment:
+    """An epoch's committed root as its provider signed it. `epoch_s`: seconds of one epoch."""
+
+    domain: Domain
+    node_key: Address
+    epoch_s: int
+    commitment: Commitment
+    signature: bytes
+
+
+def encode_commitment(signed: SignedCommitment) -> str:
+    """As JSON, ending in a newline."""
+    tree = {
+        "format": COMMITMENT_FORMAT,
+        "domain": {"chain_id": str(signed.domain.chain_id), "escrow": "0x" + signed.domain.verifying_contract.hex()},
+        "node_key": "0x" + signed.node_key.hex(),
+        "epoch_seconds": signed.epoch_s,
+        "commitment": signed_json(signed.commitment, signed.signature),
+    }
+    return json.dumps(tree, indent=1) + "\n"
+
+
+def decode_commitment(text: str) -> SignedCommitment:
+    """Every field must be there, of its type; the signature is checked. Raises: MalformedBundle, BadSignature."""
+    top = parse(text).object("format", "domain", "node_key", "epoch_seconds", "commitment")
+    if top["format"].value != COMMITMENT_FORMAT:
+        raise MalformedBundle("format", f"is {top['format'].value!r}, expected {COMMITMENT_FORMAT!r}")
+    domain = top["domain"].object("chain_id", "escrow")
+    epoch_s = top["epoch_seconds"].number(32)
+    if epoch_s == 0:
+        raise top["epoch_seconds"].fail("must be above zero")
+    signed = SignedCommitment(
+        Domain(domain["chain_id"].decimal(256), Address(domain["escrow"].hexadecimal(20))),
+        Address(top["node_key"].hexadecimal(20)),
+        epoch_s,
+        *top["commitment"].signed(Commitment),
+    )
+    verify(signed.domain, signed.commitment, signed.signature, signed.node_key)
+    return signed

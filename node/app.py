@@ -282,6 +282,7 @@ async def _serving(config: NodeConfig, model_dir: Path, model: str) -> AsyncIter
 async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
     """Serve. Raises: ConfigError, KeystoreError, StoreError, ChainError, ModelError, TransportError."""
     from incentives.settlement import SettlePolicy
+    from node.books import books_routes
     from node.discovery.directory import OfferDirectory
     from node.provider.offering import OfferTexts
     from node.provider.provider import Provider, ProviderSettings
@@ -318,7 +319,8 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
         async def status(_: dict[str, Any]) -> dict[str, Any]:
             return {**await provider.status(), "peer_id": transport.peer_id, "chain": await chain_status(chain)}
 
-        await stack.enter_async_context(_control(config, {"status": status, **journal_routes(store, chain.domain)}))
+        routes = {**journal_routes(store, chain.domain), **books_routes(store)}
+        await stack.enter_async_context(_control(config, {"status": status, **routes}))
         yield ProviderApp(provider, store, chain, transport, wallet, node_key, config.home)
 
 

@@ -23,6 +23,7 @@ from node.config_values import (
     bootstrap,
     choice,
     count,
+    currency,
     duration,
     factor,
     multiaddrs,
@@ -45,6 +46,7 @@ __all__ = [
     "ChainConfig",
     "ClientConfig",
     "ConfigError",
+    "EconomicsConfig",
     "ExchangeConfig",
     "Key",
     "LogConfig",
@@ -85,7 +87,7 @@ class ProviderConfig:
     utilisation. `reserved_discount`: bps off the price of reserved jobs. `cache_ttl`: s that a kept prompt is held, 0
     for no promise. `drain`: s that running jobs get when the node stops.
     `upstream`: base URL of the server that computes, "" for the node's own engine; `upstream_private`: it may be
-    dialled in a private network.
+    dialled in a private network. `tariff_file`: a sheet or a signed tariff that stands for all prices above.
     """
 
     model_dir: Path | None
@@ -128,6 +130,7 @@ class ProviderConfig:
     upstream_model: str
     upstream_key_file: Path | None
     upstream_private: bool
+    tariff_file: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,24 @@ class ExchangeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class EconomicsConfig:
+    """What serving costs its owner; read by `tally provider economics` and never told to anybody.
+
+    Money of `currency` in units of 10^-12: `price_per_kwh`, `hardware_price`, `tally_rate` (per TALLY, 0 for none).
+    `lifetime`: s over which the hardware is written off. `declared_cost`: wei per STE, 0 for none.
+    """
+
+    currency: str
+    watts_idle: int
+    watts_busy: int
+    price_per_kwh: int
+    hardware_price: int
+    lifetime: int
+    tally_rate: int
+    declared_cost: Wei
+
+
+@dataclass(frozen=True, slots=True)
 class LogConfig:
     """`format` auto: text on a terminal, JSON elsewhere."""
 
@@ -180,6 +201,7 @@ class NodeConfig:
     provider: ProviderConfig
     client: ClientConfig
     exchange: ExchangeConfig
+    economics: EconomicsConfig
     log: LogConfig
     origins: Mapping[str, str]
 
@@ -260,6 +282,7 @@ KEYS: Final = (
     Key("provider.upstream_model", text, "", "the model as that server names it; empty when it has one only"),
     Key("provider.upstream_key_file", optional_path, None, "file whose first line is that server's API key"),
     Key("provider.upstream_private", yes_no, False, "whether that server may be in a private network"),
+    Key("provider.tariff_file", optional_path, None, "a price sheet or signed tariff instead of the prices above"),
     Key("client.max_price", tally, "0.1", "most TALLY that one job may cost"),
     Key("client.max_total", tally, "0", "most TALLY the session key may ever promise; 0 for no cap"),
     Key("client.stall", duration, "60s", "silence after which a provider is taken to have stalled"),
@@ -273,6 +296,14 @@ KEYS: Final = (
     Key("exchange.tally_usd", rate, None, "USD that one TALLY is worth; without it nothing is compared or sent"),
     Key("exchange.models", names, (), "models that have another name there, as NAME=THEIRS"),
     Key("exchange.private", yes_no, False, "whether that platform may be in a private network"),
+    Key("economics.currency", text, "EUR", "name of the money that the other economics settings are in"),
+    Key("economics.watts_idle", count(0, 10_000_000), 0, "watts the machine draws when nothing is generated"),
+    Key("economics.watts_busy", count(0, 10_000_000), 0, "watts it draws while a job runs"),
+    Key("economics.price_per_kwh", currency, "0", "price of a kilowatt hour"),
+    Key("economics.hardware_price", currency, "0", "what the machine cost"),
+    Key("economics.lifetime", duration, "1095d", "time over which the machine is written off"),
+    Key("economics.tally_rate", currency, "0", "what one TALLY is worth; 0 compares nothing"),
+    Key("economics.declared_cost", tally, "0", "TALLY per STE declared as cost; 0 for none"),
     Key("log.level", choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "least severity that is logged"),
     Key("log.format", choice("auto", "json", "text"), "auto", "form of the log; auto is text on a terminal"),
 )
@@ -342,6 +373,7 @@ def _build(home: Path, values: Mapping[str, Any], origins: dict[str, str]) -> No
         provider=ProviderConfig(**section("provider")),
         client=ClientConfig(**section("client")),
         exchange=ExchangeConfig(**section("exchange")),
+        economics=EconomicsConfig(**section("economics")),
         log=LogConfig(**section("log")),
         origins=MappingProxyType(origins),
     )

@@ -17,6 +17,10 @@ MILLION: Final = 1_000_000
 """Prices are told per million tokens, as every price sheet of this trade does."""
 
 
+PICO: Final = 10**12
+"""Steps of one unit of an outside currency. A token costs about 10^-6 of one, and its share of energy less."""
+
+
 @dataclass
 class ConfigError(TallyError):
     """A setting that cannot be used: its key ("" when there is none), where it was written, and what is wrong."""
@@ -84,6 +88,15 @@ def _wei(value: Any, per: int, what: str) -> Wei:
         if not 0 <= exact <= MAX_AMOUNT:
             raise ValueError(f"{amount} TALLY {what} is out of range")
         return Wei(int(exact))
+
+
+def _currency(value: Any) -> int:
+    """An amount of some currency in, units of 10^-12 out. Raises: ValueError when that is no whole number of them."""
+    with localcontext(prec=100):
+        exact = _decimal(value) * PICO
+        if exact != exact.to_integral_value() or not 0 <= exact <= MAX_AMOUNT:
+            raise ValueError(f"{value!r} is no amount from 0 in steps of 10^-12")
+        return int(exact)
 
 
 def _bps(value: Any) -> int:
@@ -200,6 +213,7 @@ multiaddrs: Final = Kind("multiaddrs such as /ip4/203.0.113.7/tcp/4001", _multia
 bootstrap: Final = Kind("multiaddrs such as /ip4/203.0.113.7/tcp/4001/p2p/16Uiu2...", _bootstrap)
 duration: Final = Kind("a duration above zero such as 90s, 10m, 2h or 1d (a bare number is seconds)", _duration)
 tally: Final = Kind('TALLY as a decimal such as "1.5", with at most 18 decimals', lambda v: _wei(v, 1, "in all"))
+currency: Final = Kind('an amount as a decimal such as "0.31", with at most 12 decimals', _currency)
 factor: Final = Kind('a factor as a decimal such as "1.5", with at most 4 decimals', _bps)
 price: Final = Kind(
     'TALLY per million tokens as a decimal such as "0.25", with at most 12 decimals',

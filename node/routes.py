@@ -33,7 +33,7 @@ class NotInJournal(TallyError):
 
 
 def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
-    """`receipts`, `bundle`, `job`, `facts` and `channels`, answered from one journal."""
+    """`receipts`, `bundle`, `job`, `facts`, `channels`, `jobs` (newest first) and `job_bundle`, from one journal."""
 
     async def receipts(params: dict[str, Any]) -> dict[str, Any]:
         role = Role(params["role"]) if params.get("role") else None
@@ -64,7 +64,25 @@ def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
     async def channels(_: dict[str, Any]) -> dict[str, Any]:
         return {"channels": await channels_json(store)}
 
-    return {"receipts": receipts, "bundle": bundle, "job": job, "facts": facts, "channels": channels}
+    async def jobs(params: dict[str, Any]) -> dict[str, Any]:
+        rows = await store.jobs(Role(params["role"]), limit=int(params["limit"]))
+        return {"jobs": [_hex(row.job_id) for row in rows]}
+
+    async def job_bundle(params: dict[str, Any]) -> dict[str, Any]:
+        found = await store.job(JobId(bytes.fromhex(str(params["job_id"]).removeprefix("0x"))))
+        if found is None:
+            raise NotInJournal(f"the journal has no job {params['job_id']}")
+        return {"bundle": encode(await assemble(store, domain, found, Role(params["role"])))}
+
+    return {
+        "receipts": receipts,
+        "bundle": bundle,
+        "job": job,
+        "facts": facts,
+        "channels": channels,
+        "jobs": jobs,
+        "job_bundle": job_bundle,
+    }
 
 
 def market_routes(marketplace: Marketplace, chain: Chain) -> dict[str, Route]:

@@ -11,6 +11,7 @@ import click
 
 from node.cli import money
 from node.cli.failures import Interrupted
+from node.cli.lazy import LazyGroup
 from node.cli.params import HostPort
 from node.cli.session import Session, emit, hexed, json_option, pass_session, write_private
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from node.config import NodeConfig
 
 
-@click.group()
+@click.group(
+    cls=LazyGroup,
+    lazy={"economics": ("node.cli.economics:economics", "What serving brought and cost, for your eyes only.")},
+)
 def provider() -> None:
     """Sell inference: serve a model and be paid by the token.
 
