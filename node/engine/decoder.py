@@ -11,7 +11,7 @@ by about 1e-5 in fp32, 1e-2 in bf16.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 
 from node.engine.kv import KvSlots
 from node.engine.spec import ModelSpec, MoeSpec, RopeSpec
-from node.engine.weights import Gated, Layer, Weights
+from node.engine.weights import Layer, Weights
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ class Decoder:
         """[n, hidden] -> [n, vocab] fp32."""
         return self._weights.head(hidden).float()
 
-    def forward(self, batch: Batch) -> Forward:
-        """Run the batch, writing its keys and values."""
+    def _pack(self, batch: Batch) -> torch.Tensor:
+        """[3, rows] int64: token ids, slots and positions of all rows."""
         ids = [*batch.ids]
         slots = [*batch.slots]
         positions = [*batch.positions]
@@ -98,14 +100,18 @@ class Decoder:
             ids += part.ids
             slots += [part.slot] * len(part.ids)
             positions += range(part.start, part.start + len(part.ids))
-        packed = torch.tensor([ids, slots, positions], device=self.device)  # [3, rows] int64
+        return torch.tensor([ids, slots, positions], device=self.device)
+
+    def forward(self, batch: Batch) -> Forward:
+        """Run the batch, writing its keys and values."""
+        packed = self._pack(batch)
         attend = _Attention(self, batch, packed[1], packed[2])
         cos, sin = self._cos[packed[2]], self._sin[packed[2]]  # [rows, 1, head_dim]
         x = F.embedding(packed[0], self._weights.embed)
         routing: list[torch.Tensor] = []
         for index, layer in enumerate(self._weights.layers):
             x = x + self._attention(layer, self.kv.layer(index), self._norm(x, layer.input_norm), cos, sin, attend)
-            x = x + _mlp(layer, self.spec.moe, self._norm(x, layer.mlp_norm), routing)
+            x = x + mlp(layer, self.spec.moe, self._norm(x, layer.mlp_norm), routing)
         return Forward(self._norm(x, self._weights.norm), torch.cat(routing, -1) if routing else None)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -215,18 +221,21 @@ class _Attention:
         return out.squeeze(0).transpose(0, 1).reshape(tokens, -1)
 
 
-def _gated(mlp: Gated, x: torch.Tensor) -> torch.Tensor:
-    gate, up = mlp.gate_up(x).chunk(2, -1)
-    return mlp.down(F.silu(gate) * up)
+def _silu(gate_up: torch.Tensor) -> torch.Tensor:
+    """[rows, gate then up] -> silu(gate) * up."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
 
 
-def _mlp(layer: Layer, moe: MoeSpec | None, x: torch.Tensor, routing: list[torch.Tensor]) -> torch.Tensor:
+def mlp(
+    layer: Layer, moe: MoeSpec | None, x: torch.Tensor, routing: list[torch.Tensor], silu: Activation = _silu
+) -> torch.Tensor:
     """[rows, hidden] -> [rows, hidden]; with a router, the weighted sum of each row's chosen experts.
 
     A router's choice is appended to `routing`, [rows, chosen] int16 in ascending order.
     """
     if layer.router is None or moe is None:
-        return _gated(layer.mlps[0], x)
+        return layer.mlps[0].down(silu(layer.mlps[0].gate_up(x)))
     scores = F.softmax(layer.router(x).float(), -1)
     weights, chosen = scores.topk(moe.chosen, -1)  # [rows, chosen] each
     routing.append(chosen.sort(-1).values.to(torch.int16))
@@ -236,5 +245,6 @@ def _mlp(layer: Layer, moe: MoeSpec | None, x: torch.Tensor, routing: list[torch
     out = torch.zeros_like(x)
     for expert in chosen.unique().tolist():
         rows, rank = torch.where(chosen == expert)
-        out.index_add_(0, rows, _gated(layer.mlps[expert], x[rows]) * weights[rows, rank, None])
+        gated = layer.mlps[expert]
+        out.index_add_(0, rows, gated.down(silu(gated.gate_up(x[rows]))) * weights[rows, rank, None])
     return out

@@ -20,13 +20,13 @@ from typing import Final, Protocol
 import torch
 
 from node.engine.checks import check_inputs, check_request
+from node.engine.compiled import COMPILE, kernels_for, make_decoder, make_sampler
 from node.engine.decoder import Decoder
 from node.engine.generation import RESUME_AT, EngineError, Generation, embedding
 from node.engine.grammar import Grammars
 from node.engine.memory import KV_BUDGET_BYTES, plan_memory
 from node.engine.pace import Pace
 from node.engine.profile import profile_of, resolve_dtype, stored_parameters
-from node.engine.sampler import Sampler
 from node.engine.scheduler import Outcome, Scheduler, out_of_memory
 from node.engine.spec import ModelError, load_spec, weight_files
 from node.engine.waiting import queue_limit
@@ -142,6 +142,8 @@ class TorchEngine:
     the model was made for, or what the KV budget holds. `threads` None: 1 below SINGLE_THREAD_PARAMETERS, else all
     cores. `max_queue`: streams that may wait for a slot, shared out by urgency (waiting.py). `device`: a torch device.
     `hold_s`: seconds for which a prompt stated as kept stays in the prefix cache after its stream.
+    `compile_option`: off, auto or on (see compiled.py); `cache_dir`: where compiled kernels are kept between starts,
+    None for the user's cache.
 
     Raises: ModelError from the constructor for a directory, device or sizes that cannot be served.
     """
@@ -159,12 +161,17 @@ class TorchEngine:
         max_queue: int = 64,
         device: str = "cpu",
         hold_s: float = 0.0,
+        compile_option: str = "auto",
+        cache_dir: Path | None = None,
     ) -> None:
+        if compile_option not in COMPILE:
+            raise ModelError(f"compile {compile_option!r} is not one of {', '.join(COMPILE)}")
         if slots < 1 or max_queue < 0:
             raise ModelError(f"slots must be at least 1 and max_queue at least 0, got {slots} and {max_queue}")
         self._spec = load_spec(model_dir)
         total = stored_parameters(weight_files(model_dir))
         self._model_dir, self._device = model_dir, _device(device)
+        self._compile, self._cache_dir = compile_option, cache_dir
         self._dtype = resolve_dtype(dtype, total, self._device.type)
         self._slots, self._max_queue, self._hold_s = slots, max_queue, hold_s
         self._memory = plan_memory(self._spec, self._dtype, slots, max_context, kv_budget_bytes)
@@ -355,8 +362,10 @@ class TorchEngine:
         try:
             with torch.inference_mode():
                 weights = load_weights(self._model_dir, self._spec, self._dtype, self._device)
-                self._decoder = Decoder(self._spec, weights, self._slots, memory.context, memory.pool_blocks)
-                sampler = Sampler(self._spec.vocab, self._spec.hidden, self._device)
+                dtype, sizes = weights.embed.dtype, (self._slots, memory.context, memory.pool_blocks)
+                kernels = kernels_for(self._compile, self._spec, dtype, self._device, self._threads, self._cache_dir)
+                self._decoder = make_decoder(self._spec, weights, *sizes, kernels)
+                sampler = make_sampler(self._spec.vocab, self._spec.hidden, self._device, kernels)
                 scheduler = Scheduler(self._decoder, sampler, memory.saved_bytes, self._hold_s)
                 scheduler.pace = self._warm_up(Scheduler(self._decoder, sampler))
                 return scheduler

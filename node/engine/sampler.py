@@ -60,6 +60,7 @@ class Sampler:
     def __init__(self, vocab: int, hidden: int, device: torch.device) -> None:
         self._vocab, self._hidden, self._device = vocab, hidden, device
         self._ids = torch.arange(vocab, dtype=torch.int32, device=device)
+        self._rows = torch.arange(PROJECTION_ROWS, dtype=torch.uint8, device=device)
 
     def noise(self, keys: Sequence[tuple[int, int]]) -> torch.Tensor:
         """[rows, vocab] fp32 Gumbel values, one row per pair of noise words."""
@@ -117,30 +118,36 @@ class Sampler:
         `logits`: [rows, vocab] fp32, unmodified. A pair is a token id and its log-probability, fp16 big-endian.
         """
         values, ids = logits.topk(min(count, self._vocab), -1)
-        logprobs = (values - logits.logsumexp(-1, keepdim=True)).clamp_(min=-_FP16_MAX).half().cpu().numpy()
+        logprobs = (values - logits.logsumexp(-1, keepdim=True)).clamp_(min=-_FP16_MAX)
+        raw = logprobs.cpu().numpy().astype(">f2")
         rows = []
-        for row, row_ids in zip(logprobs, ids.tolist(), strict=True):
-            ordered = sorted(zip(row.tolist(), row_ids, row.astype(">f2"), strict=True), key=lambda x: (-x[0], x[1]))
-            rows.append(tuple((token_id, raw.tobytes()) for _, token_id, raw in ordered))
+        for row, row_values, row_ids in zip(raw, values.tolist(), ids.tolist(), strict=True):
+            order = sorted(range(len(row_ids)), key=lambda i: (-row_values[i], row_ids[i]))
+            rows.append(tuple((row_ids[i], row[i : i + 1].tobytes()) for i in order))
         return rows
 
     def projection(self, seed: bytes) -> torch.Tensor:
-        """[8, hidden] fp32: the seed's matrix of signs, over sqrt(hidden)."""
+        """[hidden] uint8: bit k of number i says that row k of the seed's matrix is +1 at i, else -1."""
         first, second = projection_keys(seed)
         x = torch.arange(self._hidden, dtype=torch.int32, device=self._device) ^ _signed(first)
-        words = _mix_(_mix_(x).add_(_signed(second)))
-        bits = (words >> torch.arange(PROJECTION_ROWS, device=self._device, dtype=torch.int32)[:, None]) & 1
-        return (2.0 * bits - 1.0).float() / self._hidden**0.5
+        return (_mix_(_mix_(x).add_(_signed(second))) & 0xFF).to(torch.uint8)
 
     def fingerprints(
         self, logits: torch.Tensor, hidden: torch.Tensor, chosen: torch.Tensor, projections: torch.Tensor
     ) -> bytes:
         """18 bytes a row: fp16 log-probability under the plain softmax, then the projected hidden state, big-endian.
 
-        `logits` [rows, vocab] fp32, `hidden` [rows, hidden], `chosen` [rows], `projections` [rows, 8, hidden] fp32.
+        `logits` [rows, vocab] fp32, `hidden` [rows, hidden], `chosen` [rows], `projections` [rows, hidden] uint8.
         """
-        logprob = logits.gather(-1, chosen[:, None]) - logits.logsumexp(-1, keepdim=True)
-        projected = torch.bmm(projections, hidden.float().unsqueeze(-1)).squeeze(-1)  # [rows, 8]
-        values = torch.cat((logprob, projected), 1).clamp_(-_FP16_MAX, _FP16_MAX).half()
+        values = self._fingerprint(logits, hidden, chosen, projections).clamp_(-_FP16_MAX, _FP16_MAX)
         raw: bytes = values.cpu().numpy().astype(">f2").tobytes()
         return raw
+
+    def _fingerprint(
+        self, logits: torch.Tensor, hidden: torch.Tensor, chosen: torch.Tensor, projections: torch.Tensor
+    ) -> torch.Tensor:
+        """[rows, 9] fp32: log-probability, then the hidden state times the matrix of signs over sqrt(hidden)."""
+        logprob = logits.gather(-1, chosen[:, None]) - logits.logsumexp(-1, keepdim=True)
+        signs = 2.0 * ((projections[:, None] >> self._rows[:, None]) & 1).float() - 1.0  # [rows, 8, hidden]
+        projected = torch.bmm(signs, hidden.float().unsqueeze(-1)).squeeze(-1)  # [rows, 8]
+        return torch.cat((logprob, projected / self._hidden**0.5), 1)

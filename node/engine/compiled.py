@@ -1,0 +1,136 @@
+"""Decoder and sampler over the compiled kernels: the same computation as their bases, in an eighth of the calls.
+
+Matrix products stay with torch (oneDNN); all between them is kernels.c. A row's bits depend on nothing but its own
+stream: not on its company, nor on whether it was decoded or read as part of a prompt, as long as oneDNN's packed
+products keep rows apart, which the tests check. So a text continued elsewhere, or from a prefix
+cache, is the same text.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+
+from node.engine.decoder import Batch, Decoder, Forward, mlp
+from node.engine.kernels import (
+    MAX_HEAD_DIM,
+    AttentionShape,
+    DrawArrays,
+    Kernels,
+    KernelsUnavailable,
+    build,
+    default_cache,
+)
+from node.engine.sampler import Draw, Sampler
+from node.engine.spec import ModelError, ModelSpec
+from node.engine.weights import Weights
+from protocol.sampling import MICRO
+
+COMPILE: Final = ("off", "auto", "on")
+"""`off`: plain torch. `auto`: kernels where they can be had, else plain torch, and the log says why. `on`: kernels, or
+the start is refused."""
+
+NO_CUT: Final = 2.0
+"""top_p of a row without one: more mass than there is, though sums of it round."""
+
+_log = logging.getLogger(__name__)
+
+
+def kernels_for(
+    compile_option: str, spec: ModelSpec, dtype: torch.dtype, device: torch.device, threads: int, cache: Path | None
+) -> Kernels | None:
+    """The kernels to compute with, or None for plain torch. `cache`: where they are kept, None for the user's cache.
+
+    Raises: ModelError for an unknown option, or when they are insisted on and cannot be had.
+    """
+    if compile_option not in COMPILE:
+        raise ModelError(f"compile {compile_option!r} is not one of {', '.join(COMPILE)}")
+    if compile_option == "off" or (compile_option == "auto" and device.type != "cpu"):
+        return None
+    try:
+        if device.type != "cpu" or spec.head_dim > MAX_HEAD_DIM:
+            raise KernelsUnavailable(f"there are none for {device.type} with heads of {spec.head_dim}")
+        return Kernels(build(cache or default_cache()), dtype, threads)
+    except KernelsUnavailable as exc:
+        if compile_option == "on":
+            raise ModelError(f"compiled kernels were asked for and cannot be had: {exc}") from exc
+        _log.warning("computing without compiled kernels, several times slower: %s", exc)
+        return None
+
+
+def make_decoder(
+    spec: ModelSpec, weights: Weights, slots: int, max_context: int, pool_blocks: int, kernels: Kernels | None
+) -> Decoder:
+    """The decoder that goes with `kernels`."""
+    if kernels is None:
+        return Decoder(spec, weights, slots, max_context, pool_blocks)
+    return CompiledDecoder(spec, weights, slots, max_context, pool_blocks, kernels)
+
+
+def make_sampler(vocab: int, hidden: int, device: torch.device, kernels: Kernels | None) -> Sampler:
+    """The sampler that goes with `kernels`."""
+    return Sampler(vocab, hidden, device) if kernels is None else CompiledSampler(vocab, hidden, kernels)
+
+
+class CompiledDecoder(Decoder):
+    """Four kernel calls and four matrix products a layer."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, slots: int, max_context: int, pool_blocks: int, kernels: Kernels
+    ) -> None:
+        super().__init__(spec, weights, slots, max_context, pool_blocks)
+        self._kernels = kernels
+        shape = AttentionShape(
+            spec.heads, spec.kv_heads, spec.head_dim, spec.window, max_context, spec.eps, self._cos, self._sin
+        )
+        self._shape = kernels.shape(shape)
+        self._held = [self.kv.layer(index).data_ptr() for index in range(spec.layers)]
+
+    def forward(self, batch: Batch) -> Forward:
+        """As the base: rows of one slot in one batch see those before them."""
+        spec, kernels = self.spec, self._kernels
+        packed = self._pack(batch)
+        x = F.embedding(packed[0], self._weights.embed)
+        y, places = torch.empty_like(x), packed[1:]
+        attended = x.new_empty((x.shape[0], spec.heads * spec.head_dim))
+        routing: list[torch.Tensor] = []
+        add: torch.Tensor | None = None
+        for layer, held in zip(self._weights.layers, self._held, strict=True):
+            qkv = layer.qkv(kernels.add_norm(x, add, layer.input_norm, spec.eps, y))
+            norms = (layer.q_norm, layer.k_norm)
+            add = layer.out(kernels.attend(self._shape, qkv, norms, places, held, attended))
+            normed = kernels.add_norm(x, add, layer.mlp_norm, spec.eps, y)
+            add = mlp(layer, spec.moe, normed, routing, kernels.silu)
+        hidden = kernels.add_norm(x, add, self._weights.norm, spec.eps, y)
+        return Forward(hidden, torch.cat(routing, -1) if routing else None)
+
+
+class CompiledSampler(Sampler):
+    """Noise, scores, argmax and nucleus in one call; the fingerprint in another."""
+
+    def __init__(self, vocab: int, hidden: int, kernels: Kernels) -> None:
+        super().__init__(vocab, hidden, torch.device("cpu"))
+        self._kernels = kernels
+
+    def choose(self, logits: torch.Tensor, draws: Sequence[Draw], bias: torch.Tensor | None = None) -> torch.Tensor:
+        """As the base."""
+        if bias is not None:
+            logits = logits + bias
+        arrays = DrawArrays(
+            keys=array("I", [word for draw in draws for word in draw.keys]),
+            temperature=array("f", [draw.temperature_micro / MICRO for draw in draws]),
+            top_k=array("q", [draw.top_k or self._vocab for draw in draws]),
+            top_p=array("d", [draw.top_p_micro / MICRO if draw.top_p_micro < MICRO else NO_CUT for draw in draws]),
+        )
+        return self._kernels.choose(logits.contiguous(), arrays)
+
+    def _fingerprint(
+        self, logits: torch.Tensor, hidden: torch.Tensor, chosen: torch.Tensor, projections: torch.Tensor
+    ) -> torch.Tensor:
+        return self._kernels.fingerprint(logits.contiguous(), hidden.contiguous(), chosen, projections)

@@ -1,0 +1,520 @@
+/* The parts of a forward pass and of sampling that torch would run as dozens of small operators, one call each.
+ *
+ * Compiled and loaded by kernels.py. Every row is computed in an order of its own that depends on nothing but itself,
+ * so that its bits are the same whatever company it has, and whether it was read as a prompt or decoded.
+ * Numbers are fp32 inside; `bf16` says how tensors are stored. All tensors are contiguous, row-major.
+ * Vectors are GCC's own (also clang's), 16 lanes, so that one source serves AVX-512, AVX2 and NEON.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+typedef float vf __attribute__((vector_size(64), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t vh __attribute__((vector_size(32), aligned(2)));
+typedef uint8_t vb __attribute__((vector_size(16), aligned(1)));
+
+/* Smallest amount of work, in numbers touched, that is worth waking a second thread for: waking costs microseconds. */
+enum { PARALLEL_NUMBERS = 1 << 16 };
+
+INLINE vf splat(float x) { return (vf){0} + x; }
+
+INLINE vf load(const void *base, long at, int bf16) {
+    if (!bf16) return *(const vf *)((const float *)base + at);
+    vu wide = __builtin_convertvector(*(const vh *)((const uint16_t *)base + at), vu);
+    return (vf)(wide << 16);
+}
+
+/* Round to nearest, ties to even, as torch does. */
+INLINE void store(void *base, long at, vf x, int bf16) {
+    if (!bf16) {
+        *(vf *)((float *)base + at) = x;
+        return;
+    }
+    vu bits = (vu)x;
+    bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    *(vh *)((uint16_t *)base + at) = __builtin_convertvector(bits, vh);
+}
+
+INLINE float load1(const void *base, long at, int bf16) {
+    if (!bf16) return ((const float *)base)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)base)[at] << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE void store1(void *base, long at, float x, int bf16) {
+    if (!bf16) {
+        ((float *)base)[at] = x;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    ((uint16_t *)base)[at] = (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+/* The last lanes of a row whose length is no multiple of 16 are zero. */
+INLINE vf load_tail(const void *base, long at, long count, int bf16) {
+    vf x = {0};
+    for (long i = 0; i < count; i++) x[i] = load1(base, at + i, bf16);
+    return x;
+}
+
+INLINE float sum(vf x) {
+    float s[LANES];
+    memcpy(s, &x, sizeof s);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) s[i] += s[i + half];
+    return s[0];
+}
+
+INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
+
+INLINE float largest(vf x) {
+    float best = x[0];
+    for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+/* exp, relative error below 2e-7; 0 below -87. Source: Cephes (S. Moshier), expf. */
+INLINE vf exp_(vf x) {
+    vi tiny = x < -87.0f;
+    x = select(x > 88.0f, splat(88.0f), select(tiny, splat(-87.0f), x));
+    vf scaled = x * 1.44269504088896341f;
+    vi n = __builtin_convertvector(scaled + select(scaled < 0, splat(-0.5f), splat(0.5f)), vi);
+    vf k = __builtin_convertvector(n, vf);
+    x = x - k * 0.693359375f;
+    x = x - k * -2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * x + 1.3981999507e-3f;
+    p = p * x + 8.3334519073e-3f;
+    p = p * x + 4.1665795894e-2f;
+    p = p * x + 1.6666665459e-1f;
+    p = p * x + 5.0000001201e-1f;
+    p = p * x * x + x + 1.0f;
+    p = p * (vf)((n + 127) << 23);
+    return select(tiny, splat(0.0f), p);
+}
+
+/* log of positive normal numbers, relative error below 2e-7. Source: Cephes, logf. */
+INLINE vf log_(vf x) {
+    vi bits = (vi)x;
+    vi e = (bits >> 23) - 126;
+    vf m = (vf)((bits & 0x007FFFFF) | 0x3F000000); /* [0.5, 1) */
+    vi low = m < 0.707106781186547524f;
+    e = e + low; /* true is -1 */
+    m = m + select(low, m, splat(0.0f)) - 1.0f;
+    vf k = __builtin_convertvector(e, vf), z = m * m;
+    vf p = splat(7.0376836292e-2f);
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    p = p * m * z + k * -2.12194440e-4f - 0.5f * z;
+    return m + p + k * 0.693359375f;
+}
+
+/* ------------------------------------------------------------------------------------------------- normalisation */
+
+INLINE float inverse_rms(const void *x, long width, float eps, int bf16) {
+    vf acc = {0};
+    long i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        vf v = load(x, i, bf16);
+        acc += v * v;
+    }
+    if (i < width) {
+        vf v = load_tail(x, i, width - i, bf16);
+        acc += v * v;
+    }
+    return 1.0f / sqrtf(sum(acc) / (float)width + eps);
+}
+
+INLINE void norm_row(const void *x, const void *weight, void *out, long width, float eps, int bf16) {
+    float scale = inverse_rms(x, width, eps, bf16);
+    long i = 0;
+    for (; i + LANES <= width; i += LANES) store(out, i, load(x, i, bf16) * scale * load(weight, i, bf16), bf16);
+    for (; i < width; i++) store1(out, i, load1(x, i, bf16) * scale * load1(weight, i, bf16), bf16);
+}
+
+INLINE void add_row(void *x, const void *add, long width, int bf16) {
+    long i = 0;
+    for (; i + LANES <= width; i += LANES) store(x, i, load(x, i, bf16) + load(add, i, bf16), bf16);
+    for (; i < width; i++) store1(x, i, load1(x, i, bf16) + load1(add, i, bf16), bf16);
+}
+
+INLINE char *row_of(const void *base, long row, long width, int bf16) {
+    return (char *)base + row * width * (bf16 ? 2 : 4);
+}
+
+INLINE void add_norm_(int threads, long rows, long width, float eps, void *x, const void *add, const void *weight,
+                      void *out, int bf16) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * width >= PARALLEL_NUMBERS)
+    for (long row = 0; row < rows; row++) {
+        char *at = row_of(x, row, width, bf16);
+        if (add) add_row(at, row_of(add, row, width, bf16), width, bf16);
+        norm_row(at, weight, row_of(out, row, width, bf16), width, eps, bf16);
+    }
+}
+
+/* x [rows, width] += add (unless NULL); out = x / rms(x) * weight [width]. */
+void tally_add_norm(int bf16, int threads, long rows, long width, float eps, void *x, const void *add,
+                    const void *weight, void *out) {
+    if (bf16) add_norm_(threads, rows, width, eps, x, add, weight, out, 1);
+    else add_norm_(threads, rows, width, eps, x, add, weight, out, 0);
+}
+
+/* ------------------------------------------------------------------------------------------------------ gated MLP */
+
+INLINE void silu_row(const void *gate, const void *up, void *out, long inner, int bf16) {
+    long i = 0;
+    for (; i + LANES <= inner; i += LANES) {
+        vf g = load(gate, i, bf16);
+        store(out, i, g / (1.0f + exp_(-g)) * load(up, i, bf16), bf16);
+    }
+    if (i < inner) {
+        vf g = load_tail(gate, i, inner - i, bf16);
+        vf y = g / (1.0f + exp_(-g)) * load_tail(up, i, inner - i, bf16);
+        for (long j = 0; i + j < inner; j++) store1(out, i + j, y[j], bf16);
+    }
+}
+
+INLINE void silu_(int threads, long rows, long inner, const void *gate_up, void *out, int bf16) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * inner >= PARALLEL_NUMBERS)
+    for (long row = 0; row < rows; row++) {
+        const char *gate = row_of(gate_up, row, 2 * inner, bf16);
+        silu_row(gate, row_of(gate, 1, inner, bf16), row_of(out, row, inner, bf16), inner, bf16);
+    }
+}
+
+/* out [rows, inner] = silu(gate) * up, where gate_up is [rows, gate then up]. */
+void tally_silu(int bf16, int threads, long rows, long inner, const void *gate_up, void *out) {
+    if (bf16) silu_(threads, rows, inner, gate_up, out, 1);
+    else silu_(threads, rows, inner, gate_up, out, 0);
+}
+
+/* ------------------------------------------------------------------------------------------------------ attention */
+
+/* What all calls of one model have in common. Mirrored by kernels.Shape. */
+typedef struct {
+    int bf16, threads;
+    long heads, kv_heads, head_dim, window, max_context;
+    float eps;
+    const void *cos, *sin; /* [max_context, head_dim]; the sine carries the sign of rotate_half */
+} Shape;
+
+INLINE void rotate(void *x, const void *cos, const void *sin, long dim, int bf16) {
+    long half = dim / 2, i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        vf a = load(x, i, bf16), b = load(x, i + half, bf16);
+        store(x, i, a * load(cos, i, bf16) + b * load(sin, i, bf16), bf16);
+        store(x, i + half, b * load(cos, i + half, bf16) + a * load(sin, i + half, bf16), bf16);
+    }
+    for (; i < half; i++) {
+        float a = load1(x, i, bf16), b = load1(x, i + half, bf16);
+        store1(x, i, a * load1(cos, i, bf16) + b * load1(sin, i, bf16), bf16);
+        store1(x, i + half, b * load1(cos, i + half, bf16) + a * load1(sin, i + half, bf16), bf16);
+    }
+}
+
+/* Normalise and rotate queries and keys in place, and write keys and values into the slot. */
+INLINE void enter_row(const Shape *s, char *qkv, const void *q_norm, const void *k_norm, char *kv, long slot,
+                      long position, int bf16) {
+    long dim = s->head_dim, size = bf16 ? 2 : 4, rotated = s->heads + s->kv_heads;
+    const char *cos = row_of(s->cos, position, dim, bf16), *sin = row_of(s->sin, position, dim, bf16);
+    for (long head = 0; head < rotated; head++) {
+        char *x = row_of(qkv, head, dim, bf16);
+        const void *weight = head < s->heads ? q_norm : k_norm;
+        if (weight) norm_row(x, weight, x, dim, s->eps, bf16);
+        rotate(x, cos, sin, dim, bf16);
+    }
+    for (long head = 0; head < 2 * s->kv_heads; head++) {
+        char *target = kv + ((slot * 2 * s->kv_heads + head) * s->max_context + position) * dim * size;
+        memcpy(target, row_of(qkv, s->heads + head, dim, bf16), (size_t)(dim * size));
+    }
+}
+
+/* Four sums at each of four levels: sixteen vectors to the vector of their sums. */
+INLINE vf fold(vf a, vf b, vi low, vi high) { return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high); }
+
+INLINE vf sums(const vf x[LANES]) {
+    const vi low8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    const vi low4 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+    const vi low2 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
+    const vi low1 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    vf a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++) a[i] = fold(x[2 * i], x[2 * i + 1], low8, low8 + 8);
+    for (int i = 0; i < 4; i++) b[i] = fold(a[2 * i], a[2 * i + 1], low4, low4 + 4);
+    for (int i = 0; i < 2; i++) c[i] = fold(b[2 * i], b[2 * i + 1], low2, low2 + 2);
+    return fold(c[0], c[1], low1, low1 + 1);
+}
+
+INLINE float dot(const float *q, const void *key, long dim, int bf16) {
+    vf acc = {0};
+    long i = 0;
+    for (; i + LANES <= dim; i += LANES) acc += load(q, i, 0) * load(key, i, bf16);
+    if (i < dim) acc += load_tail(q, i, dim - i, 0) * load_tail(key, i, dim - i, bf16);
+    return sum(acc);
+}
+
+/* scores[t] = q . keys[t], and their largest. */
+INLINE float score(const float *q, const char *keys, long count, long dim, float *scores, int bf16) {
+    vf top = splat(-INFINITY);
+    long t = 0, size = bf16 ? 2 : 4;
+    if (dim % LANES == 0)
+        for (; t + LANES <= count; t += LANES) {
+            vf acc[LANES];
+            for (int k = 0; k < LANES; k++) acc[k] = (vf){0};
+            for (long i = 0; i < dim; i += LANES) {
+                vf part = load(q, i, 0);
+                for (int k = 0; k < LANES; k++) acc[k] += part * load(keys + (t + k) * dim * size, i, bf16);
+            }
+            vf got = sums(acc);
+            store(scores, t, got, 0);
+            top = maximum(top, got);
+        }
+    float best = largest(top);
+    for (; t < count; t++) {
+        scores[t] = dot(q, keys + t * dim * size, dim, bf16);
+        best = scores[t] > best ? scores[t] : best;
+    }
+    return best;
+}
+
+/* scores to weights, in place, not yet divided by their sum, which is returned. */
+INLINE float weigh(float *scores, long count, float best) {
+    vf acc = {0};
+    long t = 0;
+    for (; t + LANES <= count; t += LANES) {
+        vf w = exp_(load(scores, t, 0) - best);
+        store(scores, t, w, 0);
+        acc += w;
+    }
+    float total = sum(acc);
+    if (t < count) {
+        vf w = exp_(load_tail(scores, t, count - t, 0) - best);
+        for (long i = 0; t + i < count; i++) {
+            scores[t + i] = w[i];
+            total += w[i];
+        }
+    }
+    return total;
+}
+
+/* out[i..i + 16 * parts) = sum of weights[t] * values[t][i..], times scale. */
+INLINE void gather(const float *weights, const char *values, long count, long dim, long i, int parts, float scale,
+                   void *out, int bf16) {
+    long size = bf16 ? 2 : 4, t = 0;
+    vf even[4], odd[4];
+    for (int k = 0; k < parts; k++) even[k] = odd[k] = (vf){0};
+    for (; t + 2 <= count; t += 2)
+        for (int k = 0; k < parts; k++) {
+            even[k] += weights[t] * load(values + t * dim * size, i + LANES * k, bf16);
+            odd[k] += weights[t + 1] * load(values + (t + 1) * dim * size, i + LANES * k, bf16);
+        }
+    for (int k = 0; k < parts; k++) {
+        if (t < count) even[k] += weights[t] * load(values + t * dim * size, i + LANES * k, bf16);
+        store(out, i + LANES * k, (even[k] + odd[k]) * scale, bf16);
+    }
+}
+
+/* One query head over `count` keys and values. */
+INLINE void attend_head(const void *q, const char *keys, const char *values, long count, long dim, float *scores,
+                        void *out, int bf16) {
+    float query[1024], scale = 1.0f / sqrtf((float)dim);
+    for (long i = 0; i < dim; i++) query[i] = load1(q, i, bf16) * scale;
+    float best = score(query, keys, count, dim, scores, bf16);
+    float inverse = 1.0f / weigh(scores, count, best);
+    long i = 0;
+    for (; i + 4 * LANES <= dim; i += 4 * LANES) gather(scores, values, count, dim, i, 4, inverse, out, bf16);
+    for (; i + LANES <= dim; i += LANES) gather(scores, values, count, dim, i, 1, inverse, out, bf16);
+    for (; i < dim; i++) {
+        float total = 0;
+        for (long t = 0; t < count; t++) total += scores[t] * load1(values, t * dim + i, bf16);
+        store1(out, i, total * inverse, bf16);
+    }
+}
+
+INLINE void attend_(const Shape *s, long rows, char *qkv, const void *q_norm, const void *k_norm,
+                    const int64_t *slots, const int64_t *positions, char *kv, float *scratch, void *out, int bf16) {
+    extern int omp_get_thread_num(void);
+    long dim = s->head_dim, size = bf16 ? 2 : 4, group = s->heads / s->kv_heads;
+    long width = (s->heads + 2 * s->kv_heads) * dim;
+#pragma omp parallel num_threads(s->threads) if (s->threads > 1)
+    {
+        float *scores = scratch + omp_get_thread_num() * s->max_context;
+#pragma omp for
+        for (long row = 0; row < rows; row++)
+            enter_row(s, row_of(qkv, row, width, bf16), q_norm, k_norm, kv, slots[row], positions[row], bf16);
+#pragma omp for schedule(dynamic, 1)
+        for (long item = 0; item < rows * s->kv_heads; item++) {
+            long row = item / s->kv_heads, head = item % s->kv_heads, position = positions[row];
+            long first = s->window && position >= s->window ? position - s->window + 1 : 0;
+            char *keys = kv + ((slots[row] * 2 * s->kv_heads + head) * s->max_context + first) * dim * size;
+            char *values = keys + s->kv_heads * s->max_context * dim * size;
+            for (long k = 0; k < group; k++) {
+                long query = head * group + k;
+                attend_head(row_of(qkv, row, width, bf16) + query * dim * size, keys, values, position + 1 - first, dim,
+                            scores, row_of(out, row, s->heads * dim, bf16) + query * dim * size, bf16);
+            }
+        }
+    }
+}
+
+/* Attention of one layer. qkv [rows, query, key and value heads, head_dim] is overwritten; kv is the layer's
+ * [slots, key then value heads, max_context, head_dim]; scratch [threads, max_context]; out [rows, heads * head_dim].
+ * Row r is the token at positions[r] of slots[r]; keys of earlier rows of a slot are in it when a later row looks. */
+void tally_attend(const Shape *s, long rows, void *qkv, const void *q_norm, const void *k_norm, const int64_t *slots,
+                  const int64_t *positions, void *kv, float *scratch, void *out) {
+    if (s->bf16) attend_(s, rows, qkv, q_norm, k_norm, slots, positions, kv, scratch, out, 1);
+    else attend_(s, rows, qkv, q_norm, k_norm, slots, positions, kv, scratch, out, 0);
+}
+
+/* ------------------------------------------------------------------------------------------------------- sampling */
+
+INLINE vu mix(vu x) {
+    x ^= x >> 16;
+    x *= 0x7FEB352Du;
+    x ^= x >> 15;
+    x *= 0x846CA68Bu;
+    return x ^ (x >> 16);
+}
+
+/* The Gumbel values of ids first..first + 15; see protocol/sampling.py. */
+INLINE vf gumbel(long first, uint32_t k0, uint32_t k1) {
+    const vu lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vu word = mix(mix((lanes + (uint32_t)first) ^ k0) + k1);
+    vf v = __builtin_convertvector(word, vf) * 0x1p-32f + 0x1p-33f;
+    v = select(v > 0x1.fffffep-1f, splat(0x1.fffffep-1f), v);
+    vf u = 1.0f - v; /* -log(1 - v) by Kahan's correction, which keeps the digits of a small v */
+    vi same = u == 1.0f;
+    vf e = select(same, v, log_(u) * v / (u - select(same, splat(2.0f), splat(1.0f))));
+    return -log_(e);
+}
+
+/* The best of each lane so far, with its id. */
+typedef struct {
+    vf value;
+    vi id;
+} Best;
+
+INLINE void offer(Best *best, vf value, vi id) {
+    vi more = value > best->value;
+    best->value = select(more, value, best->value);
+    best->id = (more & id) | (~more & best->id);
+}
+
+/* The id of the best, the lowest on ties. -1 when nothing beats -inf. */
+INLINE long winner(const Best *best) {
+    long id = -1;
+    float value = -INFINITY;
+    for (int i = 0; i < LANES; i++)
+        if (best->value[i] > value || (best->value[i] == value && id >= 0 && best->id[i] < id)) {
+            value = best->value[i];
+            id = best->id[i];
+        }
+    return id;
+}
+
+INLINE vf tail(const float *x, long at, long count) {
+    vf v = splat(-INFINITY);
+    for (long i = 0; at + i < count && i < LANES; i++) v[i] = x[at + i];
+    return v;
+}
+
+INLINE vf some(const float *x, long at, long count) {
+    return at + LANES <= count ? load(x, at, 0) : tail(x, at, count);
+}
+
+/* Argmax of logit + temperature * noise over tokens with a logit above `edge`. */
+static long best_score(const float *logits, long vocab, float temperature, const uint32_t *keys, float edge) {
+    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Best best = {splat(-INFINITY), {0}};
+    for (long i = 0; i < vocab; i += LANES) {
+        vf x = some(logits, i, vocab);
+        vf y = temperature > 0 ? x + temperature * gumbel(i, keys[0], keys[1]) : x;
+        offer(&best, select(x > edge, y, splat(-INFINITY)), lanes + (int32_t)i);
+    }
+    return winner(&best);
+}
+
+/* log of the sum of exp(x * scale), with the largest x in `top`. */
+static double log_sum(const float *x, long count, float scale, float *top) {
+    vf high = splat(-INFINITY), acc = {0};
+    for (long i = 0; i < count; i += LANES) high = maximum(high, some(x, i, count));
+    *top = largest(high);
+    for (long i = 0; i < count; i += LANES) acc += exp_((some(x, i, count) - *top) * scale);
+    return log((double)sum(acc)) + (double)*top * scale;
+}
+
+/* Whether the tokens above `edge` shut a token at it out of the nucleus. */
+static int outside(const float *logits, long vocab, float edge, float scale, double total, long top_k, double top_p) {
+    vi count = {0};
+    vf acc = {0};
+    for (long i = 0; i < vocab; i += LANES) {
+        vf x = some(logits, i, vocab);
+        vi above = x > edge;
+        count -= above;
+        acc += select(above, exp_(x * scale - (float)total), splat(0.0f));
+    }
+    long larger = 0;
+    for (int i = 0; i < LANES; i++) larger += count[i];
+    return larger && (larger >= top_k || (double)sum(acc) >= top_p);
+}
+
+/* out[r] = the token of row r by the rule of protocol/sampling.py, 0 where every logit is -inf or NaN. logits [rows,
+ * vocab] fp32; keys [rows, 2]; top_k vocab or more and top_p 2 are no cut. */
+void tally_choose(int threads, long rows, long vocab, const float *logits, const uint32_t *keys,
+                  const float *temperature, const int64_t *top_k, const double *top_p, int64_t *out) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1)
+    for (long row = 0; row < rows; row++) {
+        const float *x = logits + row * vocab;
+        long chosen = best_score(x, vocab, temperature[row], keys + 2 * row, -INFINITY);
+        if (temperature[row] > 0 && (top_k[row] < vocab || top_p[row] < 2)) {
+            float top, scale = 1.0f / temperature[row];
+            double total = log_sum(x, vocab, scale, &top);
+            while (chosen >= 0 && outside(x, vocab, x[chosen], scale, total, top_k[row], top_p[row]))
+                chosen = best_score(x, vocab, temperature[row], keys + 2 * row, x[chosen]);
+        }
+        out[row] = chosen < 0 ? 0 : chosen;
+    }
+}
+
+INLINE void project(const void *hidden, const uint8_t *signs, long width, float *out, int bf16) {
+    vf acc[8];
+    for (int k = 0; k < 8; k++) acc[k] = (vf){0};
+    for (long i = 0; i < width; i += LANES) {
+        vf h = i + LANES <= width ? load(hidden, i, bf16) : load_tail(hidden, i, width - i, bf16);
+        vu bits = {0};
+        if (i + LANES <= width) bits = __builtin_convertvector(*(const vb *)(signs + i), vu);
+        else
+            for (long j = 0; i + j < width; j++) bits[j] = signs[i + j];
+        for (int k = 0; k < 8; k++) acc[k] += (vf)((vu)h ^ (~(bits >> k) << 31));
+    }
+    for (int k = 0; k < 8; k++) out[k] = sum(acc[k]) / sqrtf((float)width);
+}
+
+/* out [rows, 9] fp32: log-probability of chosen[r] under the plain softmax, then hidden [rows, width] projected by
+ * signs [rows, width], whose bit k says that row k of the matrix is +1 there. */
+void tally_fingerprint(int bf16, int threads, long rows, long vocab, long width, const float *logits,
+                       const void *hidden, const int64_t *chosen, const uint8_t *signs, float *out) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * vocab >= PARALLEL_NUMBERS)
+    for (long row = 0; row < rows; row++) {
+        const float *x = logits + row * vocab;
+        float top;
+        double total = log_sum(x, vocab, 1.0f, &top);
+        out[9 * row] = (float)((double)x[chosen[row]] - total);
+        if (bf16) project(row_of(hidden, row, width, 1), signs + row * width, width, out + 9 * row + 1, 1);
+        else project(row_of(hidden, row, width, 0), signs + row * width, width, out + 9 * row + 1, 0);
+    }
+}
