@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "provider": ("node.cli.provider:provider", "Sell inference: serve a model and be paid by the token."),
     "gateway": ("node.cli.gateway:gateway", "Buy inference: a local OpenAI-compatible server."),
     "run": ("node.cli.run:run", "Send one prompt and stream the answer."),
+    "batch": ("node.cli.batch:batch", "Run a file of requests at the flex price; stops and continues."),
     "market": ("node.cli.market:market", "What is on offer, at which price."),
     "receipts": ("node.cli.receipts:receipts", "List, show, verify and export receipts."),
     "reservation": ("node.cli.reservation:reservation", "Capacity bought or sold ahead."),

@@ -109,8 +109,8 @@ async def one_shot(session: Session, config: NodeConfig, ask: Ask, screen: Scree
     import aiohttp
 
     control = session.control()
-    async with _endpoint(control, config, own_price=own_price) as url:
-        headers = {"Authorization": f"Bearer {_key(config.home)}"}
+    async with endpoint(control, config, own_price=own_price) as url:
+        headers = {"Authorization": f"Bearer {own_key(config.home)}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         async with aiohttp.ClientSession(headers=headers, timeout=timeout, read_bufsize=1 << 20) as http:
             answer = Answer(model=ask.body.get("model") or await _only_model(http, url))
@@ -133,7 +133,7 @@ async def one_shot(session: Session, config: NodeConfig, ask: Ask, screen: Scree
 
 
 @asynccontextmanager
-async def _endpoint(control: ControlClient, config: NodeConfig, *, own_price: bool) -> AsyncIterator[str]:
+async def endpoint(control: ControlClient, config: NodeConfig, *, own_price: bool) -> AsyncIterator[str]:
     """The URL (ending in /v1) of the gateway that runs here, else of one of our own on a free port."""
     from node.gateway.control import ControlUnavailable
 
@@ -150,7 +150,7 @@ async def _endpoint(control: ControlClient, config: NodeConfig, *, own_price: bo
         raise CommandFailed(
             f"the node that runs in {config.home} is a {status.get('role', 'node')}, and one home holds one node",
             kept="nothing was sent or paid",
-            do="buy from another home: tally --home OTHER run ...",
+            do="buy from another home: tally --home OTHER ...",
         )
     if own_price:
         raise CommandFailed(
@@ -161,7 +161,7 @@ async def _endpoint(control: ControlClient, config: NodeConfig, *, own_price: bo
     yield str(status["url"]).replace("//0.0.0.0:", "//127.0.0.1:")
 
 
-def _key(home: Path) -> str:
+def own_key(home: Path) -> str:
     """An API key of this home for its own commands, made at first use. Raises: GatewayError, CommandFailed."""
     from node.cli.gateway import api_keys
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,6 +23,14 @@ from node.cli.session import Session, emit, json_option, pass_session
 @click.option(
     "--tier", type=click.Choice(["flex", "standard", "priority"]), help="Latency tier; each has its price and promise."
 )
+@click.option(
+    "--json-schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The answer is JSON that this JSON Schema allows.",
+)
+@click.option("--min-tokens", type=click.IntRange(min=1), help="Neither a stop string nor the model ends it before.")
+@click.option("--reservation", metavar="ID", help="Use capacity reserved before; `tally reservation list` shows ids.")
+@click.option("--private", is_flag=True, help="At the tariff's privacy price; nothing of the prompt stays in a cache.")
 @click.option("--max-price", metavar="TALLY", help="Most that this answer may cost.")
 @click.option("--bootstrap", multiple=True, metavar="ADDR", help="/ip4/.../p2p/... of a peer to ask first; repeatable.")
 @click.option("--stream/--no-stream", default=True, help="Print as it comes, or all at the end.")
@@ -36,6 +46,10 @@ def run(
     system: str | None,
     raw: bool,
     tier: str | None,
+    json_schema: Path | None,
+    min_tokens: int | None,
+    reservation: str | None,
+    private: bool,
     max_price: str | None,
     bootstrap: tuple[str, ...],
     stream: bool,
@@ -52,6 +66,7 @@ def run(
     tally run "Name three prime numbers" --max-tokens 50
     tally run - --system "Summarise in one line" < report.txt > summary.txt
     tally run "2+2=" --raw --temperature 0 --json
+    tally run "Three cities" --json-schema cities.schema.json
     """
     text = _text(prompt)
     if raw and system:
@@ -69,7 +84,10 @@ def run(
     )
     session.log(config, serving=False)
     body: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    body = {name: value for name, value in {**body, "service_tier": tier}.items() if value is not None}
+    body |= {"service_tier": tier, "min_tokens": min_tokens, "response_format": _format(json_schema)}
+    terms = {"reservation": reservation, "private": private or None}
+    body |= {"x_tally": {name: value for name, value in terms.items() if value is not None} or None}
+    body = {name: value for name, value in body.items() if value is not None}
     if raw:
         ask = Ask("completions", {**body, "prompt": text, "logprobs": 0})
     else:
@@ -86,6 +104,17 @@ def run(
         click.echo("".join(answer.text))
     if not as_json:
         click.echo(summary(answer), err=True)
+
+
+def _format(schema: Path | None) -> dict[str, Any] | None:
+    """OpenAI's response_format for a schema in a file. Raises: UsageError."""
+    if schema is None:
+        return None
+    try:
+        found = json.loads(schema.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
+        raise click.UsageError(f"{schema} holds no JSON: {exc}") from exc
+    return {"type": "json_schema", "json_schema": {"name": schema.stem, "schema": found, "strict": True}}
 
 
 def _text(prompt: str | None) -> str:
