@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any
 from node.background import log_bug
 from node.config import NodeConfig
 from node.keys import load_or_create, read_password
-from node.ports import Chain, ChainError, ChainUnavailable, Engine, ModelCard, PeerAddress, Store, Transport
+from node.ports import (
+    Chain,
+    ChainError,
+    ChainUnavailable,
+    Engine,
+    Marketplace,
+    ModelCard,
+    PeerAddress,
+    Store,
+    Transport,
+)
 from node.system import SystemClock, SystemEntropy
 from protocol.errors import TallyError
 from protocol.units import Address, Digest, Wei
@@ -363,6 +373,34 @@ async def client_app(config: NodeConfig) -> AsyncIterator[ClientApp]:
 
 
 @asynccontextmanager
+async def _with_exchange(config: NodeConfig, market: Marketplace) -> AsyncIterator[Marketplace]:
+    """The market with the way out that the configuration allows, if any. Raises: TallyError saying what is missing."""
+    wanted = config.exchange
+    if not wanted.enabled:
+        yield market
+        return
+    missing = [name for name in ("url", "tally_usd", "ceiling") if not getattr(wanted, name)]
+    if missing or wanted.tally_usd is None:
+        needed = ", ".join(f"exchange.{name}" for name in missing)
+        raise TallyError(f"the exchange is enabled and lacks {needed}: set them, or set exchange.enabled to false")
+    from node.upstream.exchange import Exchange
+    from node.upstream.platform import Platform
+    from node.upstream.settings import ExchangeSettings
+
+    settings = ExchangeSettings(
+        wanted.url,
+        wanted.ceiling,
+        wanted.tally_usd,
+        config.client.max_price,
+        wanted.key_file,
+        wanted.models,
+        allow_private=wanted.private,
+    )
+    async with Platform(settings) as platform:
+        yield Exchange(market, platform, settings, SystemClock())
+
+
+@asynccontextmanager
 async def gateway_app(config: NodeConfig) -> AsyncIterator[GatewayApp]:
     """Be a client behind an OpenAI-compatible server. Raises: what `client_app` raises, GatewayError."""
     from node.gateway.auth import ApiKeys
@@ -374,8 +412,9 @@ async def gateway_app(config: NodeConfig) -> AsyncIterator[GatewayApp]:
         client = await stack.enter_async_context(client_app(config))
         chain = client.chain
         keys = ApiKeys(config.home / "api_keys.json", clock=clock, entropy=entropy)
+        marketplace = await stack.enter_async_context(_with_exchange(config, client.marketplace))
         server = GatewayServer(
-            client.marketplace,
+            marketplace,
             host=config.client.gateway_host,
             port=config.client.gateway_port,
             api_keys=keys,
@@ -388,7 +427,7 @@ async def gateway_app(config: NodeConfig) -> AsyncIterator[GatewayApp]:
         url = f"http://{config.client.gateway_host}:{port}/v1"
 
         async def status(_: dict[str, Any]) -> dict[str, Any]:
-            return {**await client.marketplace.status(), "url": url, "chain": await chain_status(chain)}
+            return {**await marketplace.status(), "url": url, "chain": await chain_status(chain)}
 
         routes = {**journal_routes(client.store, chain.domain), **market_routes(client.marketplace, chain)}
         await stack.enter_async_context(_control(config, {"status": status, **routes}))

@@ -723,7 +723,8 @@ class JobSpec:
     `options`: the client role fills in `continued` and `reasoning_open`; the rest is the caller's. An embedding
     job's prompt is its texts one after the other, with `max_tokens` 0. `cache_salt`: 32 secret bytes to keep this job's
     prefix cache apart from the caller's others, or none for the client's own. `reservation`: capacity bought before.
-    `only`: providers that may take it, all when empty.
+    `only`: providers that may take it, all when empty. `messages`: the (role, content) pairs that a chat's prompt was
+    made from, for a platform outside that takes no tokens; () for any other prompt, and where tools are spoken of.
     """
 
     model: str
@@ -739,6 +740,7 @@ class JobSpec:
     reservation: Digest = ZERO_DIGEST
     cache_salt: bytes = b""
     only: frozenset[Address] = frozenset()
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -749,6 +751,17 @@ class JobStarted:
     provider: Address
     tariff: Tariff
     failover: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobOutside:
+    """A platform outside the market answers, in place of any JobStarted: nothing is receipted, vouched for or checked.
+
+    `host`: of its URL. `model`: its name there. The job's cost is what the platform's published prices come to.
+    """
+
+    host: str
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -779,9 +792,10 @@ class JobPaid:
 
 @dataclass(frozen=True, slots=True)
 class JobDone:
-    """The stream ended with a final receipt. Counts as OpenAI's usage; `cost`: wei over all its providers.
+    """The stream ended, with a final receipt unless it ran outside. Counts as OpenAI's usage.
 
-    `receipts`: digests of the final (or last vouched) receipt of each provider that worked on it.
+    `cost`: wei over all its providers. `receipts`: digests of the final (or last vouched) receipt of each provider
+    that worked on it.
     """
 
     finish: FinishReason
@@ -796,7 +810,7 @@ class JobDone:
     receipts: tuple[Digest, ...]
 
 
-JobEvent = JobStarted | JobTokens | JobVectors | JobPaid | JobDone
+JobEvent = JobStarted | JobOutside | JobTokens | JobVectors | JobPaid | JobDone
 
 
 class Marketplace(Protocol):

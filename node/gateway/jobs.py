@@ -148,6 +148,7 @@ class Jobs:
             reservation=terms.reservation,
             cache_salt=self._purse.cache_salt(terms, owner),
             only=terms.only,
+            messages=_plain(call),
         )
         return Prepared(call, card, codec, spec, reading, price_up(entries, spec, card.profile_id))
 
@@ -195,6 +196,14 @@ class Jobs:
             progress.text.append(last.text)
             yield last
         progress.finish_reason = "tool_calls" if reader.called and finish == "stop" else finish
+
+
+def _plain(call: Call) -> tuple[tuple[str, str], ...]:
+    """A chat as (role, content) pairs; () where it is none, or has tools, which such pairs cannot say."""
+    spoken = any(message.calls or message.role == "tool" for message in call.messages)
+    if spoken or call.toolbox is not NO_TOOLS:
+        return ()
+    return tuple((message.role, message.content) for message in call.messages)
 
 
 def _check_tools(codec: TextCodec, call: Call) -> None:

@@ -21,7 +21,7 @@ from node.gateway.errors import Delivered
 from node.gateway.reading import Part
 from node.gateway.requests import Call, Kind
 from node.gateway.tool_text import CallDelta, ToolForm
-from node.ports import JobDone, JobEvent, JobPaid, JobStarted, JobTokens, MarketEntry, ModelCard
+from node.ports import JobDone, JobEvent, JobOutside, JobPaid, JobStarted, JobTokens, MarketEntry, ModelCard
 from protocol.units import FinishReason
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -55,6 +55,8 @@ class Progress:
             case JobStarted():
                 self.jobs.append("0x" + event.job_id.hex())
                 self.provider = "0x" + event.provider.hex()
+            case JobOutside():
+                self.provider = f"exchange:{event.host}"
             case JobPaid():
                 self.cost = event.total
             case JobDone():

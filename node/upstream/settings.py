@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
+
+from protocol.units import Wei
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,4 +22,20 @@ class UpstreamSettings:
     key_file: Path | None = None
     slots: int = 8
     max_queue: int = 64
+    allow_private: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeSettings:
+    """A platform jobs may be sent to. `ceiling`: most wei per token, prompt or output; a request's own price within it.
+
+    `tally_usd`: USD that one TALLY is worth. `models`: (name here, name there). `most`: most wei of one job.
+    """
+
+    url: str
+    ceiling: Wei
+    tally_usd: Decimal
+    most: Wei
+    key_file: Path | None = None
+    models: tuple[tuple[str, str], ...] = ()
     allow_private: bool = False

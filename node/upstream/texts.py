@@ -7,7 +7,7 @@ what the tokenizer makes of it, and always decodes to the very same text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from tokenizers import Tokenizer
@@ -17,18 +17,22 @@ from node.upstream.http import UpstreamError
 CONTEXT_IDS: Final = 4
 """How many earlier tokens a new one is decoded behind, since tokenizers treat the first of a text otherwise."""
 
+LONGEST_TOKEN: Final = 64
+"""Longest token looked for where a text is cut by hand. Unit: characters. Longer ones are runs of blanks or rules,
+which shorter ones spell too."""
+
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 
 
 class Texts:
-    """One tokenizer.json. Raises: ValueError when it is none."""
+    """One tokenizer.json. `special`: ids of its control tokens. Raises: ValueError when it is none."""
 
     def __init__(self, tokenizer_json: bytes) -> None:
         self._tokenizer = _load(tokenizer_json)
         self._plain = _load(tokenizer_json)
         self._plain.encode_special_tokens = True  # as the text they are
         self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        self._special = frozenset(
+        self.special = frozenset(
             number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
         self._anchor = self._anchor_ids()
@@ -80,7 +84,7 @@ class Texts:
 
     def _spellings(self) -> dict[str, int]:
         """Text -> the one token that spells it. Of several the one the tokenizer would choose, else the lowest."""
-        ids = [number for number in range(self.size) if number not in self._special]
+        ids = [number for number in range(self.size) if number not in self.special]
         head = len(self._tokenizer.decode(self._anchor, skip_special_tokens=False))
         texts = self._tokenizer.decode_batch([[*self._anchor, number] for number in ids], skip_special_tokens=False)
         out: dict[str, int] = {}
@@ -108,12 +112,35 @@ class Reader:
         """Ids of a piece. Raises: UpstreamError when no ids decode to it."""
         if not piece:
             return ()
-        one = self._texts.named(piece)
-        for ids in ((one,) if one is not None else (), self._texts.encode_plain(piece)):
+        for ids in self._ways(piece):
             if ids and self._texts.behind(self._last, ids) == piece:
                 self._last = (*self._last, *ids)[-CONTEXT_IDS:]
                 return ids
         raise UpstreamError("the upstream server wrote text that its tokenizer here cannot express exactly")
+
+    def _ways(self, piece: str) -> Iterator[tuple[int, ...]]:
+        """Ids that may spell the piece, the likeliest to be the server's own first."""
+        one = self._texts.named(piece)
+        if one is not None:
+            yield (one,)
+        yield self._texts.encode_plain(piece)
+        yield self._cut(piece)
+
+    def _cut(self, piece: str) -> tuple[int, ...]:
+        """The longest tokens that spell the piece from its start on; () when there are none. For tokenizers that read a
+        text's first word otherwise than one inside it."""
+        out = []
+        at = 0
+        while at < len(piece):
+            for end in range(min(len(piece), at + LONGEST_TOKEN), at, -1):
+                number = self._texts.named(piece[at:end])
+                if number is not None:
+                    out.append(number)
+                    at = end
+                    break
+            else:
+                return ()
+        return tuple(out)
 
 
 def _load(tokenizer_json: bytes) -> Tokenizer:
