@@ -194,6 +194,12 @@ def test_what_names_no_prompt_can_promise_and_hit_nothing(changes: dict[str, Any
     assert "counts" in failing(resigned(bundle, 0, **changes))
 
 
+@pytest.mark.parametrize("changes", [{"cached_tokens": 0}, {"cache_head": ZERO_DIGEST}])
+def test_a_hit_is_counted_and_named_or_neither(changes: dict[str, Any]) -> None:
+    bundle = make_bundle(Recipe(completion_tokens=3))
+    assert "counts" in failing(resigned(bundle, 0, **changes))
+
+
 def test_a_mixture_of_experts_states_its_routing() -> None:
     bundle = make_bundle(Recipe(profile=EXPERTS))
     assert failing(resigned(bundle, len(bundle.notches) - 1, routing_root=ZERO_DIGEST)) == ["work"]
@@ -260,6 +266,12 @@ def test_options_that_were_not_signed_are_found(options: bytes) -> None:
 def test_a_lie_about_an_embedding_job_is_found(changes: dict[str, Any], check: str) -> None:
     bundle = make_bundle(EMBEDDING)
     assert check in failing(resigned(bundle, 0, **changes))
+
+
+@pytest.mark.parametrize("finish", [FinishReason.STOP, FinishReason.LENGTH])
+def test_an_embedding_job_cut_short_did_not_end_by_itself(finish: FinishReason) -> None:
+    bundle = make_bundle(replace(EMBEDDING, vectors=1, finish=FinishReason.CANCELLED))
+    assert "counts" in failing(resigned(bundle, 0, finish_reason=int(finish)))
 
 
 def test_an_embedding_job_pays_for_the_texts_delivered() -> None:
