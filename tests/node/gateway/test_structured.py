@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from node.gateway.limits import Limits
 from node.gateway.text import ChatMessage, TextCodec
 from node.ports import ModelCard
-from protocol.options import Syntax
+from protocol.options import JobOptions, Syntax
 from protocol.units import ZERO_DIGEST, FinishReason, JobKind, Tier
 from tests.node.gateway import cards
 from tests.node.gateway.serving import Served, ids, serving, shown, unchunked
@@ -331,7 +330,6 @@ async def test_no_terms_are_the_plain_ones() -> None:
     async with serving(fake) as served:
         await ask(served)
     plain = fake.specs[0]
-    assert replace(plain, prompt=(), max_tokens=0) == replace(
-        type(plain)("tally-test", (), 0), options=plain.options, deadline_s=600.0
-    )
-    assert plain.reservation == ZERO_DIGEST and plain.price_ceiling is None
+    assert (plain.kind, plain.tier, plain.private, plain.only) == (JobKind.GENERATE, Tier.STANDARD, False, frozenset())
+    assert (plain.reservation, plain.price_ceiling, plain.cache_salt) == (ZERO_DIGEST, None, b"")
+    assert plain.options == JobOptions() and plain.deadline_s == 600.0
