@@ -55,7 +55,7 @@ def run(
     ready_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Serve /v1/chat/completions, /v1/completions and /v1/models until Ctrl-C or SIGTERM.
+    """Serve /v1/chat/completions, /v1/completions, /v1/embeddings and /v1/models until Ctrl-C or SIGTERM.
 
     The first start makes an API key and shows it once. Only its hash is kept; `tally gateway key create` makes more.
 
