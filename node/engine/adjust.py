@@ -1,6 +1,6 @@
 """What moves a stream's logits before a token is chosen: penalties, tokens to come before a stop, a grammar.
 
-The reference is protocol.options.adjusted. A stream that asks for none of this has no Adjustment, and its rows are
+The reference is protocol.sampling.adjusted. A stream that asks for none of this has no Adjustment, and its rows are
 never touched; fingerprints and reported log-probabilities are of the logits as they were.
 """
 

@@ -21,10 +21,10 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from protocol.options import MAX_GRAMMAR_BYTES, JobOptions, Syntax
 
-WHITESPACE: Final = "( |\n[ \t]{0,32})"
-"""Whitespace between two JSON tokens: one space, or a line break and up to 32 of indentation. Unbounded, as the
-library has it, a model that likes spaces fills its output with them. Changing it
-needs a new GRAMMAR_RULES (profile.py)."""
+WHITESPACE: Final = " "
+"""Whitespace that may stand between two JSON tokens: one space, as in `{"a": 1, "b": 2}`. Unbounded, as the library
+has it, or with room for indentation, a model that likes spaces fills its output with them, and each is paid for.
+Changing it needs a new GRAMMAR_RULES (profile.py)."""
 
 COMPILED: Final = 64
 """Compiled grammars that are remembered. Unit: grammars. Tools are called with the same schemas over and over; one

@@ -39,6 +39,7 @@ _LLAMA3_ROPE = {
 }
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
+    "dense": ("LlamaConfig", {"num_key_value_heads": 6}),
     "endless": ("LlamaConfig", {"eos_token_id": None}),
     "llama3-rope": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True}),
     "llama-bias": (
