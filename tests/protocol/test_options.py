@@ -24,12 +24,12 @@ from protocol.options import (
     PENALTY_ONE,
     JobOptions,
     Syntax,
-    adjusted,
     decode_options,
     encode_options,
     options_hash,
     penalty_milli,
 )
+from protocol.sampling import adjusted
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "options.json").read_text())
 U32 = (1 << 32) - 1
