@@ -77,6 +77,24 @@ _ADVICE: Final[tuple[_Advice, ...]] = (
         "`tally receipts list` shows the digests; give at least the first two digits",
     ),
     (
+        "incentives.price_sheets",
+        "SheetError",
+        "sheets that were imported before stay as they were",
+        "the form is that of https://openrouter.ai/api/v1/models",
+    ),
+    (
+        "node.upstream.urls",
+        "UrlRefused",
+        "nothing was sent",
+        "check the URL; it may be one that somebody else gave you",
+    ),
+    (
+        "node.upstream.http",
+        "UpstreamError",
+        "nothing was started or paid",
+        "check the server, its URL and key (`tally config show`), then try again",
+    ),
+    (
         "node.gateway.control",
         "ControlUnavailable",
         "nothing was changed",

@@ -50,7 +50,11 @@ class JobSize(click.ParamType[tuple[int, int, int]]):
         return prompt, output, cached
 
 
-@click.group(cls=LazyGroup, lazy={}, invoke_without_command=True)
+@click.group(
+    cls=LazyGroup,
+    lazy={"import": ("node.cli.market_import:import_", "Read an outside platform's price sheet.")},
+    invoke_without_command=True,
+)
 @click.option("--model", help="Only this model.")
 @click.option(
     "--tier",
@@ -119,7 +123,9 @@ def market(
         wanted = Wanted(Tier[tier.upper()], output=None if text is None else max_tokens)
     config = session.load(transport__bootstrap=bootstrap or None)
     session.log(config, serving=False)
-    shown = _Shown(wanted, sort or ("job" if wanted.output is not None else "ste"), watch, as_json)
+    shown = _Shown(
+        wanted, sort or ("job" if wanted.output is not None else "ste"), watch, as_json, _outside(config, model, wanted)
+    )
     params = {"model": model, "measure": True, "text": text}
     run(_show(session, config, {name: value for name, value in params.items() if value is not None}, shown))
 
@@ -135,6 +141,20 @@ def _text(path: Path) -> str:
         raise CommandFailed(f"{path} cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
         raise CommandFailed(f"{path} is not UTF-8 text") from exc
+
+
+def _outside(config: NodeConfig, model: str | None, wanted: Wanted) -> list[Row]:
+    """Rows of the imported sheets; of one model, by its name here or there, when one is asked for."""
+    from node.cli.market_rows import outside_row
+    from node.upstream.sheets import load_sheets
+
+    names = (None, model, dict(config.exchange.models).get(model or ""))
+    return [
+        outside_row(sheet, found, config.exchange.tally_usd, wanted)
+        for sheet in load_sheets(config.home)
+        for found in sheet.models
+        if model is None or found.id in names
+    ]
 
 
 async def _show(session: Session, config: NodeConfig, params: dict[str, Any], shown: _Shown) -> None:
@@ -165,14 +185,14 @@ async def _show(session: Session, config: NodeConfig, params: dict[str, Any], sh
 class _Shown:
     """How the answer is shown."""
 
-    def __init__(self, wanted: Wanted, sort: str, watch: bool, as_json: bool) -> None:
-        self._wanted, self._sort, self.watch, self._as_json = wanted, sort, watch, as_json
+    def __init__(self, wanted: Wanted, sort: str, watch: bool, as_json: bool, outside: list[Row]) -> None:
+        self._wanted, self._sort, self.watch, self._as_json, self._outside = wanted, sort, watch, as_json, outside
 
     def print(self, offers: list[dict[str, Any]]) -> None:
         """Raises: CommandFailed."""
         from node.cli.market_rows import as_json, lend_counts, offer_row, sorted_by
 
-        rows = [offer_row(offer, self._wanted) for offer in offers]
+        rows = [offer_row(offer, self._wanted) for offer in offers] + self._outside
         rows = sorted_by(lend_counts(rows), self._sort)
         if self._as_json:
             emit([as_json(row) for row in rows])

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 import msgspec
 
 from incentives.price_sheets import MAX_SHEET_BYTES, PriceSheet, SheetError, parse_sheet
-from node.upstream.http import HttpServer
 
 log = logging.getLogger("tally.upstream.sheets")
 
@@ -56,6 +55,8 @@ async def import_sheet(source: str, home: Path, now_s: int, *, allow_private: bo
 
 async def fetch(url: str, *, key: str = "", allow_private: bool = False) -> bytes:
     """The JSON of a sheet's address. Raises: UrlRefused, UpstreamError."""
+    from node.upstream.http import HttpServer  # aiohttp takes a while, and kept sheets are read without it
+
     async with HttpServer(url, key=key, allow_private=allow_private) as server:
         return await server.get_raw("")
 
