@@ -117,10 +117,10 @@ class Terminal:
         width = max(20, self._live.console.width - 1)
         while True:
             line, newline, rest = self._tail.partition("\n")
-            if not newline and len(line) > width:
+            if len(line) > width:
                 # A line is let go in pieces: a live region higher than the terminal would be cut off.
                 cut = line.rfind(" ", 0, width) + 1 or width
-                line, rest = line[:cut], line[cut:]
+                line, rest = line[:cut], line[cut:] + newline + rest
             elif not newline:
                 break
             self._print(line)
