@@ -51,6 +51,10 @@ CONTROL_SOCKET = "control.sock"
 CHAIN_RETRY_S = 2.0
 """Pause between attempts to reach an RPC that did not answer at the start. Unit: s."""
 
+CACHE_SLACK_S = 120.0
+"""How much longer than `cache_ttl` a kept prompt stays. Unit: seconds. The promise runs from the time in the final
+receipt, which may be signed that long after the engine made the last token; doubling it holds memory for nothing."""
+
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread of a provider may keep the interpreter while another waits. Unit: s. The engine's thread and the
 event loop share it; at Python's 5 ms a small torch call may wait that long behind the loop."""
@@ -210,10 +214,17 @@ async def _control(config: NodeConfig, routes: Mapping[str, Any]) -> AsyncIterat
 
 
 def wanted_tariff(config: NodeConfig, wallet: Address, profile_id: Digest) -> Tariff:
-    """The price sheet the configuration describes; sequence and dates are filled in when it is logged."""
+    """The price sheet the configuration describes, or its `tariff_file` holds. Raises: TariffSheetError.
+
+    Sequence and dates are filled in when it is logged; a signed tariff has its own.
+    """
     from protocol.messages import Tariff
 
     prices = config.provider
+    if prices.tariff_file is not None:
+        from node.tariff_sheet import served_tariff
+
+        return served_tariff(prices.tariff_file, wallet, profile_id)
     return Tariff(
         provider=wallet,
         sequence=0,
@@ -279,7 +290,17 @@ async def _serving(config: NodeConfig, model_dir: Path, model: str) -> AsyncIter
         from node.engine.card import load_card
         from node.engine.engine import TorchEngine
 
-        engine = TorchEngine(model_dir, wanted.dtype, wanted.slots, threads=wanted.threads or None)
+        engine = TorchEngine(
+            model_dir,
+            wanted.dtype,
+            wanted.slots,
+            kv_budget_bytes=wanted.kv_budget,
+            threads=wanted.threads or None,
+            max_queue=wanted.max_queue,
+            device=wanted.device,
+            hold_s=wanted.cache_ttl + CACHE_SLACK_S if wanted.cache_ttl else 0.0,
+            compile_option=wanted.compile,
+        )
         card_of = partial(load_card, model_dir)
     await engine.start()
     try:
@@ -296,7 +317,7 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
     from node.discovery.directory import OfferDirectory
     from node.provider.offering import OfferTexts
     from node.provider.provider import Provider, ProviderSettings
-    from node.routes import journal_routes
+    from node.routes import journal_routes, tariff_routes
 
     wanted = config.provider
     if wanted.model_dir is None:
@@ -329,7 +350,7 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
         async def status(_: dict[str, Any]) -> dict[str, Any]:
             return {**await provider.status(), "peer_id": transport.peer_id, "chain": await chain_status(chain)}
 
-        routes = {**journal_routes(store, chain.domain), **books_routes(store)}
+        routes = {**journal_routes(store, chain.domain), **books_routes(store), **tariff_routes(provider.offering)}
         await stack.enter_async_context(_control(config, {"status": status, **routes}))
         yield ProviderApp(provider, store, chain, transport, wallet, node_key, config.home)
 

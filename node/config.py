@@ -34,6 +34,7 @@ from node.config_values import (
     port,
     price,
     rate,
+    size,
     tally,
     text,
     url,
@@ -81,8 +82,8 @@ class ProviderConfig:
     """What is sold. Prices in wei per token; `per_request`, `stake`, `settle_value`, `settle_dust` in wei.
 
     Vouchers are settled when `settle_value` is due in all, or `settle_interval` s after the last settlement, channels
-    below `settle_dust` left out. `threads` 0: the engine's choice. `region`: free text that goes, hashed, into the
-    offer. `*_factor`: in basis points. `*_ms`: what a tier promises, 0 for no promise; `refund_share`: bps of
+    below `settle_dust` left out. `threads` 0: the engine's choice. `kv_budget`: bytes. `region`: free text that goes, hashed,
+    into the offer. `*_factor`: in basis points. `*_ms`: what a tier promises, 0 for no promise; `refund_share`: bps of
     the metered cost given back when a promise is missed. `base_*_factor`: bounds of the base multiplier, which follows
     utilisation. `reserved_discount`: bps off the price of reserved jobs. `cache_ttl`: s that a kept prompt is held, 0
     for no promise. `drain`: s that running jobs get when the node stops.
@@ -93,7 +94,11 @@ class ProviderConfig:
     model_dir: Path | None
     model_name: str
     slots: int
+    max_queue: int
     dtype: str
+    device: str
+    compile: str
+    kv_budget: int
     threads: int
     prompt_price: Wei
     cached_price: Wei
@@ -245,7 +250,16 @@ KEYS: Final = (
     Key("provider.model_dir", optional_path, None, "Hugging Face model directory to serve"),
     Key("provider.model_name", text, "", "name the model is offered under; empty for the directory's name"),
     Key("provider.slots", count(1, 4096), 8, "generations served at the same time"),
+    Key("provider.max_queue", count(0, 1 << 16), 64, "requests that may wait for a slot, priority in all places"),
     Key("provider.dtype", choice("auto", "bf16", "fp32"), "auto", "number format of weights and cache"),
+    Key("provider.device", text, "cpu", "where the model computes, as torch names it: cpu, cuda, cuda:1"),
+    Key(
+        "provider.compile",
+        choice("off", "auto", "on"),
+        "auto",
+        "whether to build and keep kernels with the C compiler",
+    ),
+    Key("provider.kv_budget", size, "2GiB", "memory for running generations and the prefix cache together"),
     Key("provider.threads", count(0, 4096), 0, "CPU threads for the engine; 0 leaves it to the model's size"),
     Key("provider.prompt_price", price, "0.10", "TALLY per million prompt tokens"),
     Key("provider.cached_price", price, "0.02", "TALLY per million prompt tokens found in the prefix cache"),

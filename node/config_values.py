@@ -117,6 +117,18 @@ def _duration(value: Any) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+_SIZES: Final = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def _size(value: Any) -> int:
+    """Bytes. Powers of 1024 only: with both kinds of GB about, a bare one is a trap."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]iB|B|)", str(value).strip()) if value is not True else None
+    exact = Decimal(match[1]) * _SIZES[match[2]] if match else Decimal(0)
+    if not 0 < exact < 1 << 50 or exact != exact.to_integral_value():
+        raise ValueError(f"{value!r} is no size in memory")
+    return int(exact)
+
+
 def _url(value: Any) -> str:
     parts = urlsplit(_text(value))
     if parts.scheme not in ("http", "https", "ws", "wss") or not parts.hostname:
@@ -212,6 +224,7 @@ names: Final = Kind("pairs such as Llama-3.1-8B-Instruct=meta-llama/llama-3.1-8b
 multiaddrs: Final = Kind("multiaddrs such as /ip4/203.0.113.7/tcp/4001", _multiaddrs)
 bootstrap: Final = Kind("multiaddrs such as /ip4/203.0.113.7/tcp/4001/p2p/16Uiu2...", _bootstrap)
 duration: Final = Kind("a duration above zero such as 90s, 10m, 2h or 1d (a bare number is seconds)", _duration)
+size: Final = Kind("a size such as 512MiB, 2GiB or 1.5GiB (a bare number is bytes)", _size)
 tally: Final = Kind('TALLY as a decimal such as "1.5", with at most 18 decimals', lambda v: _wei(v, 1, "in all"))
 currency: Final = Kind('an amount as a decimal such as "0.31", with at most 12 decimals', _currency)
 factor: Final = Kind('a factor as a decimal such as "1.5", with at most 4 decimals', _bps)

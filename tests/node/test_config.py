@@ -62,6 +62,20 @@ def test_the_data_directory(tmp_path: Path) -> None:
     assert made.origins["home"] == "flag"
 
 
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("2GiB", 2 << 30), ("1.5 GiB", 3 << 29), ("512MiB", 512 << 20), ("4096", 4096), (4096, 4096), ("1B", 1)],
+)
+def test_sizes_are_powers_of_1024_or_bytes(written: object, size: int, tmp_path: Path) -> None:
+    assert _load(tmp_path, provider__kv_budget=written).provider.kv_budget == size
+
+
+@pytest.mark.parametrize("written", ["2GB", "2G", "0", "-1GiB", "0.3B", "much", True, "1e9", "9999999TiB"])
+def test_what_is_no_size_is_refused(written: object, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"provider.kv_budget .* expected a size such as 512MiB"):
+        _load(tmp_path, provider__kv_budget=written)
+
+
 def test_amounts_are_written_as_people_say_them_and_held_in_wei(tmp_path: Path) -> None:
     toml = (
         "[provider]\nprompt_price = 0.1\ncached_price = '0.000000000001'\ncompletion_price = 2\nstake = '1_000'\n"
