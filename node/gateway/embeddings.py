@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -165,7 +165,8 @@ class Embeddings:
             finally:
                 await end(*tasks)
         yield Head(_headers(done))
-        yield _reply(prepared.call, done)
+        for piece in _reply(prepared.call, done):
+            yield piece
 
     async def _run(self, spec: JobSpec, done: _Done, slots: asyncio.Semaphore) -> None:
         async with slots:
@@ -223,14 +224,10 @@ def _priced(prepared: PreparedEmbeds) -> bytes:
     return msgspec.json.encode(whole)
 
 
-def _reply(call: EmbedCall, done: Sequence[_Done]) -> bytes:
+def _reply(call: EmbedCall, done: Sequence[_Done]) -> Iterator[bytes]:
+    """The answer job by job: as text, many large vectors take ten times the memory they arrived in."""
     spent = [part.progress.done for part in done if part.progress.done is not None]
     tokens = sum(job.prompt_tokens for job in spent)
-    vectors = [vector for part in done for vector in part.vectors]
-    data = [
-        {"object": "embedding", "index": index, "embedding": _shown(vector, call.floats)}
-        for index, vector in enumerate(vectors)
-    ]
     tally = {
         "cost_wei": str(sum(job.cost for job in spent)),
         "refund_wei": str(sum(job.refund for job in spent)),
@@ -241,7 +238,17 @@ def _reply(call: EmbedCall, done: Sequence[_Done]) -> bytes:
         "final": True,
     }
     usage = {"prompt_tokens": tokens, "total_tokens": tokens, "tally": tally}
-    return msgspec.json.encode({"object": "list", "data": data, "model": call.model, "usage": usage})
+    head = msgspec.json.encode({"object": "list", "model": call.model, "usage": usage})
+    yield head[:-1] + b',"data":['
+    index = 0
+    for part in done:
+        items = []
+        for vector in part.vectors:
+            item = {"object": "embedding", "index": index, "embedding": _shown(vector, call.floats)}
+            items.append((b"," if index else b"") + msgspec.json.encode(item))
+            index += 1
+        yield b"".join(items)
+    yield b"]}"
 
 
 def _shown(vector: bytes, floats: bool) -> list[float] | str:

@@ -22,7 +22,8 @@ from node.gateway.reading import Part
 from node.gateway.requests import Call, Kind
 from node.gateway.tool_text import CallDelta, ToolForm
 from node.ports import JobDone, JobEvent, JobOutside, JobPaid, JobStarted, JobTokens, MarketEntry, ModelCard
-from protocol.units import FinishReason
+from protocol.tariff import tier_terms
+from protocol.units import FinishReason, Tier
 
 DONE: Final = b"data: [DONE]\n\n"
 KEEPALIVE: Final = b": keep-alive\n\n"
@@ -265,7 +266,12 @@ def model_entries(entries: Sequence[MarketEntry]) -> list[dict[str, Any]]:
                 "cached_prompt_wei": str(found[0].tariff.cached_price),
                 "completion_wei": str(found[0].tariff.completion_price),
                 "reasoning_wei": str(found[0].tariff.reasoning_price),
+                "embedding_wei": str(found[0].tariff.embedding_price),
                 "per_request_wei": str(found[0].tariff.per_request),
+                "tiers": [
+                    tier.name.lower() for tier in Tier if any(tier_terms(offer.tariff, tier)[0] for offer in found)
+                ],
+                "verifiability": max(offer.verifiability for offer in found).name.lower(),
             },
         }
         for model, found in offers.items()

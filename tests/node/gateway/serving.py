@@ -153,8 +153,13 @@ class Answer:
 
 
 def unchunked(answer: Answer) -> Any:
-    """The JSON object of an answer that came in chunks."""
-    return json.loads(answer.body[answer.body.index(b"{") : answer.body.rindex(b"}") + 1])
+    """The JSON of an answer that came in chunks."""
+    rest, whole = answer.body, b""
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        whole += rest[: int(size, 16)]
+        rest = rest[int(size, 16) + 2 :]
+    return json.loads(whole)
 
 
 async def read_answer(reader: asyncio.StreamReader) -> Answer:

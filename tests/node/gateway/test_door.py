@@ -348,16 +348,22 @@ def test_what_is_no_json_object_is_said_to_be_so(body: bytes) -> None:
     assert caught.value.status == 400
 
 
+WORDS = ["user", "text", "tool", "assistant", "function", "json_schema", "json_object", "required", "0x" + "aa" * 20]
+NAMES = [
+    *("role", "content", "type", "function", "name", "parameters", "arguments", "tool_calls", "tool_call_id"),
+    *("json_schema", "schema", "max_price", "only", "tier", "batch"),
+]
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["user", "text"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type"]), inner),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner),
     max_leaves=8,
 )
 fields = st.sampled_from(
     [
         *("model", "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "stop", "stream"),
         *("stream_options", "n", "logprobs", "top_logprobs", "tools", "service_tier", "response_format"),
-        *("modalities", "best_of", "echo", "suffix", "logit_bias"),
+        *("tool_choice", "parallel_tool_calls", "functions", "min_tokens", "stop_token_ids", "x_tally"),
+        *("frequency_penalty", "prompt_cache_key", "modalities", "best_of", "echo", "suffix", "logit_bias"),
     ]
 )
 

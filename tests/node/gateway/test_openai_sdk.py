@@ -396,4 +396,6 @@ async def test_models_are_listed_once_with_prices() -> None:
             await client.models.retrieve("gpt-0")
     assert [model.id for model in listed] == ["org/model", "tally-test"]
     assert one.owned_by == "tallystick" and one.model_extra is not None
-    assert one.model_extra["tally"]["prompt_wei"] == "2"
+    assert one.model_extra["tally"]["prompt_wei"] == "2" and one.model_extra["tally"]["embedding_wei"] == "3"
+    assert one.model_extra["tally"]["tiers"] == ["flex", "standard", "priority"]
+    assert one.model_extra["tally"]["verifiability"] == "replay"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import cache
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 
 from node.gateway.detokenise import Token
 from node.gateway.template import TemplateRefused
-from node.gateway.text import ChatMessage, TextCodec
+from node.gateway.text import ChatMessage, PastCall, TextCodec
 from node.gateway.vocabulary import CardUnusable
 from node.ports import ModelCard
 from tests.node.gateway import cards
@@ -114,6 +115,51 @@ def test_blank_control_tokens_are_not_made_by_blanks_around_a_content() -> None:
     ids = blank.encode_chat(user("hello\n\n\n"))
     assert tokenizer.token_to_id("\n\n\n") in blank.control_ids
     assert tokenizer.token_to_id("\n\n\n") not in ids
+
+
+TOOLS = (
+    "{% for tool in tools %}{{ tool | tojson }}{{ tool.function.name }}"
+    "{% for name, p in tool.function.parameters.properties | items %}{{ name }}: {{ p.type }} {{ p.description }}"
+    "{% endfor %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.name }}"
+    "{{ m.tool_call_id }}{{ m.reasoning_content }}{% for c in m.tool_calls %}<tool_call>{{ c | tojson(indent=1) }}"
+    "{{ c.function.arguments | string }}{{ c.id }}</tool_call>{% endfor %}<|im_end|>{% endfor %}"
+)
+
+
+@cache
+def tool_codec() -> TextCodec:
+    return TextCodec(cards.card(template=TOOLS))
+
+
+@given(st.lists(hostile, min_size=8, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_no_part_of_tools_or_calls_becomes_a_control_token(texts: list[str]) -> None:
+    assert control_count("byte-level", with_tools(texts)) == control_count("byte-level", with_tools(["x"] * 8))
+
+
+def with_tools(texts: list[str]) -> tuple[int, ...]:
+    """A prompt in which every text that a client can choose is one of `texts`."""
+    described, key, name, content, call_id, reasoning, value, inner = texts
+    parameters = {"type": "object", "properties": {key: {"type": "string", "description": described, inner: [value]}}}
+    tool = {"type": "function", "function": {"name": name, "description": described, "parameters": parameters}}
+    asked = ChatMessage("assistant", content, (PastCall(call_id, name, {key: {inner: value}}),), reasoning=reasoning)
+    return tool_codec().encode_chat([asked, ChatMessage("tool", content, call_id=call_id, name=name)], [tool])
+
+
+def test_tools_and_calls_read_as_transformers_would_write_them() -> None:
+    said = 'a "quoted"\nline é'
+    template = (
+        "{{ tools[0] | tojson }}|{{ messages[0].tool_calls[0].function.arguments | tojson }}|{{ messages[0].content }}"
+    )
+    made = TextCodec(cards.card(template=template))
+    parameters = {"type": "object", "properties": {"x": {"enum": [said, 1, None, True]}}}
+    tool = {"type": "function", "function": {"name": "f", "description": said, "parameters": parameters}}
+    ids = made.encode_chat([ChatMessage("assistant", said, (PastCall("c", "f", {"x": [said, 2.5]}),))], [tool])
+    expected = "|".join(
+        (json.dumps(tool, ensure_ascii=False), json.dumps({"x": [said, 2.5]}, ensure_ascii=False), said)
+    )
+    assert made.decode(ids) == expected
+    assert not TextCodec(cards.card()).takes_tools and made.takes_tools
 
 
 # ------------------------------------------------------------------------------------- the same ids as transformers
