@@ -51,10 +51,6 @@ CONTROL_SOCKET = "control.sock"
 CHAIN_RETRY_S = 2.0
 """Pause between attempts to reach an RPC that did not answer at the start. Unit: s."""
 
-CACHE_SLACK_S = 120.0
-"""How much longer than `cache_ttl` a kept prompt stays. Unit: seconds. The promise runs from the time in the final
-receipt, which may be signed that long after the engine made the last token; doubling it holds memory for nothing."""
-
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread of a provider may keep the interpreter while another waits. Unit: s. The engine's thread and the
 event loop share it; at Python's 5 ms a small torch call may wait that long behind the loop."""
@@ -298,7 +294,6 @@ async def _serving(config: NodeConfig, model_dir: Path, model: str) -> AsyncIter
             threads=wanted.threads or None,
             max_queue=wanted.max_queue,
             device=wanted.device,
-            hold_s=wanted.cache_ttl + CACHE_SLACK_S if wanted.cache_ttl else 0.0,
             compile_option=wanted.compile,
         )
         card_of = partial(load_card, model_dir)

@@ -82,11 +82,11 @@ class ProviderConfig:
     """What is sold. Prices in wei per token; `per_request`, `stake`, `settle_value`, `settle_dust` in wei.
 
     Vouchers are settled when `settle_value` is due in all, or `settle_interval` s after the last settlement, channels
-    below `settle_dust` left out. `threads` 0: the engine's choice. `kv_budget`: bytes. `region`: free text that goes, hashed,
-    into the offer. `*_factor`: in basis points. `*_ms`: what a tier promises, 0 for no promise; `refund_share`: bps of
-    the metered cost given back when a promise is missed. `base_*_factor`: bounds of the base multiplier, which follows
-    utilisation. `reserved_discount`: bps off the price of reserved jobs. `cache_ttl`: s that a kept prompt is held, 0
-    for no promise. `drain`: s that running jobs get when the node stops.
+    below `settle_dust` left out. `threads` 0: the engine's choice. `kv_budget`: bytes. `region`: free text that goes,
+    hashed, into the offer. `*_factor`: in basis points. `*_ms`: what a tier promises, 0 for no promise; `refund_share`:
+    bps of the metered cost given back when a promise is missed. `base_*_factor`: bounds of the base multiplier, which
+    follows utilisation. `reserved_discount`: bps off the price of reserved jobs. `cache_ttl`: s that a kept
+    prompt is held, 0 for no promise. `drain`: s that running jobs get when the node stops.
     `upstream`: base URL of the server that computes, "" for the node's own engine; `upstream_private`: it may be
     dialled in a private network. `tariff_file`: a sheet or a signed tariff that stands for all prices above.
     """

@@ -172,6 +172,7 @@ class EngineRequest:
     """One generation. `seed`: 32 bytes. `options`: as signed (EOS is added to its stop ids by the engine).
 
     `salt`: 32 bytes naming whose prefix cache may be hit (per payer), b"" for neither reading nor filling it.
+    `hold_s`: seconds from its end for which the prompt must stay in that cache if it is stated as kept.
     """
 
     prompt: tuple[int, ...]
@@ -181,6 +182,7 @@ class EngineRequest:
     options: JobOptions = NO_OPTIONS
     urgency: Urgency = Urgency.STANDARD
     salt: bytes = b""
+    hold_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)

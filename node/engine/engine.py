@@ -141,7 +141,6 @@ class TorchEngine:
     `dtype`: auto, bf16 or fp32 (auto: fp32 on a CPU up to AUTO_FP32_PARAMETERS, else bf16). `max_context` None: what
     the model was made for, or what the KV budget holds. `threads` None: 1 below SINGLE_THREAD_PARAMETERS, else all
     cores. `max_queue`: streams that may wait for a slot, shared out by urgency (waiting.py). `device`: a torch device.
-    `hold_s`: seconds for which a prompt stated as kept stays in the prefix cache after its stream.
     `compile_option`: off, auto or on (see compiled.py); `cache_dir`: where compiled kernels are kept between starts,
     None for the user's cache.
 
@@ -160,7 +159,6 @@ class TorchEngine:
         threads: int | None = None,
         max_queue: int = 64,
         device: str = "cpu",
-        hold_s: float = 0.0,
         compile_option: str = "auto",
         cache_dir: Path | None = None,
     ) -> None:
@@ -173,7 +171,7 @@ class TorchEngine:
         self._model_dir, self._device = model_dir, _device(device)
         self._compile, self._cache_dir = compile_option, cache_dir
         self._dtype = resolve_dtype(dtype, total, self._device.type)
-        self._slots, self._max_queue, self._hold_s = slots, max_queue, hold_s
+        self._slots, self._max_queue = slots, max_queue
         self._memory = plan_memory(self._spec, self._dtype, slots, max_context, kv_budget_bytes)
         self._threads = threads or (1 if total < SINGLE_THREAD_PARAMETERS else torch.get_num_threads())
         self._grammars = Grammars(model_dir / "tokenizer.json", self._spec.vocab, self._spec.eos_ids)
@@ -366,7 +364,7 @@ class TorchEngine:
                 kernels = kernels_for(self._compile, self._spec, dtype, self._device, self._threads, self._cache_dir)
                 self._decoder = make_decoder(self._spec, weights, *sizes, kernels)
                 sampler = make_sampler(self._spec.vocab, self._spec.hidden, self._device, kernels)
-                scheduler = Scheduler(self._decoder, sampler, memory.saved_bytes, self._hold_s)
+                scheduler = Scheduler(self._decoder, sampler, memory.saved_bytes)
                 scheduler.pace = self._warm_up(Scheduler(self._decoder, sampler))
                 return scheduler
         except (RuntimeError, MemoryError) as exc:

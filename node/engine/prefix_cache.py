@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from protocol.units import Digest
+
+HOLD_SLACK_S: Final = 120.0
+"""How much longer than promised a prompt stays. Unit: seconds. The promise runs from the time in the final receipt,
+which may be signed that long after the last token was made; doubling it holds memory for nothing."""
 
 
 class _Block:
@@ -25,15 +30,15 @@ class _Block:
 
 
 class PrefixCache:
-    """`blocks`: size of the pool. `hold_s`: how long a prompt stated as kept stays after its stream ended, seconds.
+    """`blocks`: size of the pool. `clock`: seconds that never run backwards.
 
     Heads are those of `block_heads`: element k names the first k blocks, element 0 the salt. Least recently used goes
     first. A prefix counts as used after whatever extends it, so the first in order never has a child in the cache.
     """
 
-    def __init__(self, blocks: int, hold_s: float, clock: Callable[[], float]) -> None:
+    def __init__(self, blocks: int, clock: Callable[[], float]) -> None:
         self._free = list(range(blocks - 1, -1, -1))
-        self._hold_s, self._clock = hold_s, clock
+        self._clock = clock
         self._held: OrderedDict[Digest, _Block] = OrderedDict()
 
     def __len__(self) -> int:
@@ -78,9 +83,9 @@ class PrefixCache:
             self._held[head].pins += 1
         return True
 
-    def unpin(self, heads: Sequence[Digest]) -> None:
-        """The stream that pinned it has ended; from now on it is held for `hold_s`."""
-        until = self._clock() + self._hold_s
+    def unpin(self, heads: Sequence[Digest], hold_s: int) -> None:
+        """The stream that pinned it has ended; it was promised to stay `hold_s` longer, 0 for no promise."""
+        until = self._clock() + (hold_s + HOLD_SLACK_S if hold_s else 0.0)
         for head in heads[1:]:
             block = self._held[head]
             block.pins -= 1

@@ -69,18 +69,17 @@ class _Made:
 
 
 class Scheduler:
-    """Streams, slots and steps. `saved_bytes`: host memory for displaced streams; `hold_s`: see PrefixCache."""
+    """Streams, slots and steps. `saved_bytes`: host memory for displaced streams."""
 
     def __init__(
         self,
         decoder: Decoder,
         sampler: Sampler,
         saved_bytes: int = 0,
-        hold_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._decoder, self._sampler, self._clock = decoder, sampler, clock
-        self._cache = PrefixCache(decoder.kv.pool_blocks, hold_s, clock)
+        self._cache = PrefixCache(decoder.kv.pool_blocks, clock)
         self._waiting = WaitingRoom()
         self._running: list[Generation] = []  # index = slot
         self._saved_room = saved_bytes
@@ -205,7 +204,7 @@ class Scheduler:
             self._saved_room += stream.saved.bytes
             stream.saved = None
         if stream.kept:
-            self._cache.unpin(stream.heads)
+            self._cache.unpin(stream.heads, stream.request.hold_s)
 
     def _vacate(self, stream: Generation) -> None:
         """Let go of a slot; the stream in the last occupied slot moves into it."""

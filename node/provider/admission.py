@@ -195,4 +195,5 @@ def engine_request(admitted: Admitted, token_ids: tuple[int, ...]) -> EngineRequ
         options=admitted.options,
         urgency=urgency_of(request),
         salt=hashlib.sha256(request.client + salt).digest() if salt else b"",
+        hold_s=admitted.tariff.cache_ttl_s,
     )

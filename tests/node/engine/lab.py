@@ -50,7 +50,6 @@ class Lab:
         slots: int = 2,
         pool_blocks: int = 32,
         saved_tokens: int = 10_000,
-        hold_s: float = 0.0,
         context: int = 512,
     ) -> None:
         torch.set_num_threads(1)
@@ -61,14 +60,14 @@ class Lab:
         self.sampler = Sampler(self.spec.vocab, self.spec.hidden, CPU)
         self._forward = self.decoder.forward
         self.decoder.forward = self._counted  # type: ignore[method-assign]
-        self.slots, self._hold_s = slots, hold_s
+        self.slots = slots
         self._saved_bytes = saved_tokens * kv_bytes_per_token(self.spec, "fp32")
         self.restart()
 
     def restart(self) -> None:
         """A scheduler that knows nothing, over the same weights and memory."""
         self.now = 0.0
-        self.scheduler = Scheduler(self.decoder, self.sampler, self._saved_bytes, self._hold_s, lambda: self.now)
+        self.scheduler = Scheduler(self.decoder, self.sampler, self._saved_bytes, lambda: self.now)
         self.steps = self.read = 0
         self.tokens: dict[Generation, list[EngineToken]] = {}
         self.vectors: dict[Generation, bytes] = {}

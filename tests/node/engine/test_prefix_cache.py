@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from node.engine.kv import kv_bytes_per_token
-from node.engine.prefix_cache import PrefixCache
+from node.engine.prefix_cache import HOLD_SLACK_S, PrefixCache
 from node.engine.spec import load_spec
 from node.ports import EngineRequest, EngineToken, Urgency
 from protocol.cache import BLOCK_TOKENS, block_heads
@@ -22,7 +22,7 @@ from tests.node.engine.lab import GREEDY, PAYER, Lab, ask, ids, seed
 
 OTHER = seed(99)
 POOL = 6
-HOLD_S = 10.0
+HOLD_S = 10
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -31,7 +31,7 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.cache = PrefixCache(POOL, HOLD_S, lambda: self.now)
+        self.cache = PrefixCache(POOL, lambda: self.now)
         self.chains = [
             block_heads(salt, ids(3, shared) + ids(number, 4 * BLOCK_TOKENS - shared))
             for number, salt, shared in ((1, PAYER, 64), (2, PAYER, 64), (3, PAYER, 0), (4, OTHER, 64))
@@ -69,10 +69,10 @@ class CacheMachine(RuleBasedStateMachine):
     def unpin(self, which: int) -> None:
         if self.pins:
             heads = self.pins.pop(which % len(self.pins))
-            self.cache.unpin(heads)
+            self.cache.unpin(heads, HOLD_S)
             self.promised.append((self.now + HOLD_S, heads))
 
-    @rule(seconds=st.sampled_from([1.0, 4.0, 11.0]))
+    @rule(seconds=st.sampled_from([1.0, 4.0, 40.0, 140.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
@@ -98,7 +98,7 @@ TestCacheMachine = CacheMachine.TestCase
 
 
 def test_the_least_recently_used_prefix_goes_first() -> None:
-    cache = PrefixCache(4, 0.0, lambda: 0.0)
+    cache = PrefixCache(4, lambda: 0.0)
     one, two, three = (block_heads(PAYER, ids(number, 64)) for number in (1, 2, 3))
     cache.add(one)
     cache.add(two)
@@ -186,14 +186,15 @@ def test_a_prefix_whose_reader_is_cancelled_is_read_by_the_next(lab: Lab) -> Non
 
 def test_a_full_pool_states_what_it_does_not_keep(model_dir: Callable[[str], Path]) -> None:
     """What was promised stays for its time; a prompt that finds no room is served and not stated as kept."""
-    lab = Lab(model_dir("endless"), pool_blocks=4, hold_s=60.0)
-    assert flags(lab, ask(1, 100, 3, salt=PAYER)) == (0, True, 100)
-    assert flags(lab, ask(2, 100, 3, salt=PAYER)) == (0, False, 100)
+    lab = Lab(model_dir("endless"), pool_blocks=4)
+    promised, other = ask(1, 100, 3, salt=PAYER, hold_s=60), ask(2, 100, 3, salt=PAYER)
+    assert flags(lab, promised) == (0, True, 100)
+    assert flags(lab, other) == (0, False, 100)
     lab.now = 59.0
-    assert flags(lab, ask(1, 100, 3, salt=PAYER)) == (96, True, 4)
-    lab.now = 59.0 + 61.0
-    assert flags(lab, ask(2, 100, 3, salt=PAYER)) == (32, True, 68)  # one block had found room before
-    assert flags(lab, ask(1, 100, 3, salt=PAYER))[1] is False
+    assert flags(lab, promised) == (96, True, 4)
+    lab.now = 59.0 + 60.0 + HOLD_SLACK_S
+    assert flags(lab, other) == (32, True, 68)  # one block had found room before
+    assert flags(lab, ask(3, 100, 3, salt=PAYER)) == (0, True, 100)  # nobody promised to hold the other
 
 
 def test_no_pool_at_all(model_dir: Callable[[str], Path]) -> None:
