@@ -10,7 +10,7 @@ not seen, so no routing is promised.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -137,7 +137,7 @@ def _shape(config: Mapping[str, Any], model_dir: Path) -> dict[str, int]:
     vocab = _size(config, ("vocab_size",), model_dir)
     attention = hidden * (heads + 2 * kv_heads) * head_dim + heads * head_dim * hidden
     experts = _size(config, ("num_local_experts", "num_experts", "n_routed_experts"), model_dir, 0)
-    sparse = max(0, layers - _size(config, ("first_k_dense_replace",), model_dir, 0)) if experts else 0
+    sparse = sum(map(_routed(config), range(layers))) if experts else 0
     chosen = _size(config, ("num_experts_per_tok",), model_dir, 1)
     expert = 3 * hidden * _size(config, ("moe_intermediate_size",), model_dir, inner)
     shared = _size(config, ("n_shared_experts",), model_dir, 0) * expert
@@ -157,6 +157,13 @@ def _shape(config: Mapping[str, Any], model_dir: Path) -> dict[str, int]:
         "head_dim": head_dim,
         "window": window if alike else 0,
     }
+
+
+def _routed(config: Mapping[str, Any]) -> Callable[[int], bool]:
+    """Whether a layer chooses experts, in a model that has some: some families leave layers dense."""
+    first, step = int(config.get("first_k_dense_replace") or 0), int(config.get("decoder_sparse_step") or 1)
+    dense = frozenset(config.get("mlp_only_layers") or ())
+    return lambda layer: layer >= first and layer not in dense and (layer + 1) % step == 0
 
 
 def _sha256(data: bytes) -> bytes:

@@ -77,27 +77,29 @@ class Texts:
     def _anchor_ids(self) -> list[int]:
         """A letter's token, to decode others behind: a first token may lose its blank."""
         for letter in ("a", "0", "."):
-            ids = self._tokenizer.encode(letter, add_special_tokens=False).ids
-            if len(ids) == 1:
+            ids = self._tokenizer.encode(letter, add_special_tokens=False).ids[-1:]
+            if ids and self._tokenizer.decode(ids, skip_special_tokens=False) == letter:
                 return [int(ids[0])]
         return []
 
     def _spellings(self) -> dict[str, int]:
-        """Text -> the one token that spells it. Of several the one the tokenizer would choose, else the lowest."""
+        """Text -> the one token that spells it inside a text. Of several the one the tokenizer would choose, else the
+        last: a byte's own token stands before the letters."""
         ids = [number for number in range(self.size) if number not in self.special]
         head = len(self._tokenizer.decode(self._anchor, skip_special_tokens=False))
         texts = self._tokenizer.decode_batch([[*self._anchor, number] for number in ids], skip_special_tokens=False)
-        out: dict[str, int] = {}
-        twice: set[str] = set()
+        found: dict[str, list[int]] = {}
         for number, text in zip(ids, (text[head:] for text in texts), strict=True):
-            if not text or REPLACEMENT in text:
-                continue
-            twice.update({text} & out.keys())
-            out.setdefault(text, number)
-        for text in twice:
-            chosen = self._tokenizer.encode(text, add_special_tokens=False).ids
-            if len(chosen) == 1:
-                out[text] = int(chosen[0])
+            if text and REPLACEMENT not in text:
+                found.setdefault(text, []).append(number)
+        letter = self._tokenizer.decode(self._anchor, skip_special_tokens=False)
+        out = {}
+        for text, numbers in found.items():
+            chosen = numbers[-1]
+            if len(numbers) > 1:
+                last = self._tokenizer.encode(letter + text, add_special_tokens=False).ids[-1]
+                chosen = last if last in numbers else chosen
+            out[text] = chosen
         return out
 
 

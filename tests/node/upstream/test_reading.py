@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from node.upstream.http import UpstreamError
 from node.upstream.reading import Piece, read_chunk
 from node.upstream.texts import Texts
+from tests.node.gateway import cards
 from tests.node.upstream.words import encode, tokenizer_json
 
 TEXTS = Texts(tokenizer_json())
+OTHERS = {"metaspace": Texts(cards.metaspace_json()), "unigram": Texts(cards.unigram_json())}
 
 
 def chunk(**choice: Any) -> dict[str, Any]:
@@ -104,3 +106,21 @@ def test_a_control_tokens_name_typed_by_a_user_is_not_said() -> None:
 def test_a_broken_tokenizer_is_refused(raw: bytes) -> None:
     with pytest.raises(ValueError, match="tokenizer"):
         Texts(raw)
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "unigram"])
+@given(data=st.data())
+def test_tokenizers_that_read_a_first_word_otherwise(kind: str, data: st.DataObject) -> None:
+    texts = OTHERS[kind]
+    pieces = data.draw(st.lists(st.text("helowrt ", min_size=1, max_size=6), min_size=1, max_size=6))
+    reader = texts.reader()
+    ids: list[int] = []
+    for piece in pieces:
+        ids += reader.push(piece)
+    assert texts.behind((), ids) == "".join(pieces)
+
+
+def test_a_text_that_a_tokenizer_has_no_tokens_for_is_an_error() -> None:
+    reader = OTHERS["unigram"].reader()
+    with pytest.raises(UpstreamError, match="exactly"):
+        reader.push("Ω")
