@@ -7,7 +7,7 @@ are told from text by their form (tool_text.py). However the tokens are batched,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from node.gateway.detokenise import Detokeniser, TextStream, Token, TokenText
 from node.gateway.tool_text import CallDelta, CallReader, ToolForm
@@ -84,32 +84,42 @@ class Reader:
         return self._reasoning.tokens
 
     def push(self, tokens: Sequence[Token]) -> Part:
-        """Take tokens in order."""
+        """Take tokens in order. Those after a stop are ignored."""
         thought: list[str] = []
-        said: list[Token] = []
+        out: list[str | CallDelta] = []
+        begun: list[TokenText] = []
         for token in tokens:
+            if self.stopped:
+                break
             before, self._reasoning = self._reasoning, self._reasoning.take((token.id,))
             if self._reasoning.tokens == before.tokens:
-                said.append(token)
+                piece = self._text.push((token,))
+                out += self._read(piece.text)
+                begun += piece.tokens
             else:
                 self._text.free -= 1
                 if token.id not in (self._reasoning.start, self._reasoning.end):
                     thought.append(self._thought.push(token.id)[0])
-        piece = self._text.push(said)
-        return self._part("".join(thought), piece.text, piece.tokens)
+        return _part("".join(thought), out, begun)
 
     def finish(self) -> Part:
         """What was held back, now that the generation is over."""
         piece = self._text.finish()
-        return self._part(self._thought.finish(), piece.text, piece.tokens, last=True)
+        out = self._read(piece.text) + (self._calls.finish() if self._calls else [])
+        return _part(self._thought.finish(), out, piece.tokens)
 
-    def _part(self, thought: str, text: str, tokens: tuple[TokenText, ...], *, last: bool = False) -> Part:
-        if self._calls is None:
-            return Part(thought, text, (), tokens)
-        out = self._calls.push(text) + (self._calls.finish() if last else [])
-        return Part(
-            thought,
-            "".join(item for item in out if isinstance(item, str)),
-            tuple(item for item in out if isinstance(item, CallDelta)),
-            tokens,
-        )
+    def _read(self, text: str) -> list[str | CallDelta]:
+        return self._calls.push(text) if self._calls is not None else [text]
+
+
+def _part(thought: str, out: list[str | CallDelta], tokens: Sequence[TokenText]) -> Part:
+    """One part of what came, with the pieces of each call put together."""
+    calls: list[CallDelta] = []
+    for item in out:
+        if isinstance(item, str):
+            continue
+        if item.name is None and calls:
+            calls[-1] = replace(calls[-1], arguments=calls[-1].arguments + item.arguments)
+        else:
+            calls.append(item)
+    return Part(thought, "".join(item for item in out if isinstance(item, str)), tuple(calls), tuple(tokens))
