@@ -47,11 +47,25 @@ def check_base(offer: Offer, tariff: Tariff) -> None:
         raise FieldOutOfRange("Offer", "base_bps", offer.base_bps)
 
 
-def contradicts(earlier: Offer, later: Offer) -> bool:
-    """Whether two signed offers under one tariff cannot both be honest: a multiplier changed within its epoch, or the
-    one that follows starts from another."""
+def contradicts(earlier: Offer, later: Offer, tariff: Tariff) -> bool:
+    """Whether two signed offers under one tariff cannot both be honest.
+
+    A multiplier changed within its epoch, the next epoch started from another, or over the epochs nobody offered in it
+    rose further than full load could have raised it.
+    """
     if (earlier.provider, earlier.tariff_hash) != (later.provider, later.tariff_hash):
         return False
-    if earlier.base_epoch == later.base_epoch:
+    passed = later.base_epoch - earlier.base_epoch
+    if passed == 0:
         return earlier.base_bps != later.base_bps
-    return later.base_epoch == earlier.base_epoch + 1 and later.base_parent_bps != earlier.base_bps
+    if passed == 1:
+        return later.base_parent_bps != earlier.base_bps
+    highest = earlier.base_bps
+    for _ in range(passed):
+        if later.base_bps <= highest:
+            return False
+        following = next_base(tariff, highest, BPS)
+        if following == highest:  # at the bound, where more epochs change nothing
+            return True
+        highest = following
+    return passed > 0 and later.base_bps > highest

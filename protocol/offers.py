@@ -11,7 +11,7 @@ from typing import Final
 
 from eth_hash.auto import keccak
 
-from protocol.base_price import check_base
+from protocol.base_price import base_epoch, check_base
 from protocol.eip712 import Domain, digest
 from protocol.errors import BadSignature, FieldOutOfRange, RemoteProtocolError
 from protocol.frames import OfferEnvelope
@@ -117,5 +117,8 @@ def _check_offer(offer: Offer, now_s: int) -> None:
         raise FieldOutOfRange("Offer", "verifiability", offer.verifiability)
     if offer.load_bps > BPS:
         raise FieldOutOfRange("Offer", "load_bps", offer.load_bps)
+    # an epoch of another time would join no offer before it; a clock may be a moment ahead
+    if not base_epoch(now_s - MAX_OFFER_LIFE_S) <= offer.base_epoch <= base_epoch(now_s) + 1:
+        raise FieldOutOfRange("Offer", "base_epoch", offer.base_epoch)
     if not now_s < offer.expires_at <= now_s + MAX_OFFER_LIFE_S:
         raise FieldOutOfRange("Offer", "expires_at", offer.expires_at)

@@ -13,8 +13,8 @@ Sources: C. Wellons, hash-prospector (lowbias32), https://github.com/skeeto/hash
 trick: Gumbel 1954, and Maddison, Tarlow, Minka, A* Sampling, 2014.
 
 Rule. The logits are those after the job's options (options.py: penalties, then minus infinity for what may not be
-chosen). score(i) = logit_i + T * g(p, i), whose argmax is that of logit_i / T + g. The next token is the argmax of score
-over the nucleus, the lowest id on ties. The nucleus, with p the softmax of logits / T over the whole vocabulary:
+chosen). score(i) = logit_i + T * g(p, i), whose argmax is that of logit_i / T + g. The next token is the argmax of
+score over the nucleus, the lowest id on ties. The nucleus, with p the softmax of logits / T over the whole vocabulary:
   token i is in iff fewer than top_k tokens have a larger logit, and
   the tokens with a larger logit hold less than top_p of the mass (top_k 0, top_p 1: no cut).
 Both cuts are taken on the full distribution, so they commute; equal logits are in or out together; the likeliest token

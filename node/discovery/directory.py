@@ -154,7 +154,7 @@ class OfferDirectory:
             raise RemoteProtocolError("the offer's node key is not registered to its wallet, or the stake is too low")
         if not await self._is_logged(checked):
             raise RemoteProtocolError("the offer's tariff is not in the chain's log")
-        if known is not None and contradicts(known.offer, checked.offer):
+        if known is not None and contradicts(known.offer, checked.offer, checked.tariff):
             self._keep_evidence(known, checked)
             raise RemoteProtocolError("the offer's base multiplier contradicts the provider's offer before")
         self._book[provider] = checked

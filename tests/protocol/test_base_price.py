@@ -113,20 +113,27 @@ def test_an_honest_life_is_no_evidence_and_any_other_multiplier_in_it_is(life: l
         step = next_base(WIDE, base, share)
         offers.append(replace(OFFER, base_epoch=epoch, base_bps=step, base_parent_bps=base, base_utilisation_bps=share))
         base = step
-    assert not any(contradicts(a, b) for i, a in enumerate(offers) for b in offers[i:])
+    assert not any(contradicts(a, b, WIDE) for i, a in enumerate(offers) for b in offers[i:])
     at = data.draw(st.integers(0, len(offers) - 1))
     lie = replace(offers[at], base_bps=offers[at].base_bps + data.draw(st.integers(1, 100)))
-    assert contradicts(offers[at], lie)
+    assert contradicts(offers[at], lie, WIDE)
     if at + 1 < len(offers):
-        assert contradicts(lie, offers[at + 1])
+        assert contradicts(lie, offers[at + 1], WIDE)
 
 
 def test_only_offers_of_one_provider_under_one_tariff_can_contradict() -> None:
     lie = replace(OFFER, base_bps=20_000)
-    assert contradicts(OFFER, lie)
-    assert not contradicts(OFFER, replace(lie, provider=Address(b"\x01" * 20)))
-    assert not contradicts(OFFER, replace(lie, tariff_hash=Digest(b"\x01" * 32)))
-    assert not contradicts(OFFER, replace(lie, base_epoch=OFFER.base_epoch + 2)), "an epoch nobody offered lies between"
+    assert contradicts(OFFER, lie, WIDE)
+    assert not contradicts(OFFER, replace(lie, provider=Address(b"\x01" * 20)), WIDE)
+    assert not contradicts(OFFER, replace(lie, tariff_hash=Digest(b"\x01" * 32)), WIDE)
+
+
+@pytest.mark.parametrize(("epochs", "highest"), [(2, 12_656), (3, 14_238), (6, 20_271), (50, 1_000_000)])
+def test_over_epochs_nobody_offered_in_it_rises_as_far_as_full_load_raises_it(epochs: int, highest: int) -> None:
+    later = replace(OFFER, base_epoch=OFFER.base_epoch + epochs)
+    assert not contradicts(OFFER, replace(later, base_bps=highest), WIDE)
+    assert contradicts(OFFER, replace(later, base_bps=highest + 1), WIDE)
+    assert not contradicts(OFFER, replace(later, base_bps=1), WIDE), "it may have been idle"
 
 
 def test_an_epoch_is_a_minute() -> None:

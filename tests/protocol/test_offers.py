@@ -102,10 +102,14 @@ def test_any_offer_over_an_admitted_tariff_is_believed(
     sheet: Tariff, model: str, region: str, load: int, data: st.DataObject
 ) -> None:
     tariff = replace(sheet, provider=WALLET, profile_id=TARIFF.profile_id)
-    now = data.draw(st.integers(tariff.valid_from, tariff.valid_until - 1))
+    now = data.draw(
+        st.integers(max(MAX_OFFER_LIFE_S, tariff.valid_from), max(MAX_OFFER_LIFE_S, tariff.valid_until - 1))
+    )
+    assume(tariff.valid_from <= now < tariff.valid_until)
     parent, busy = data.draw(st.integers(tariff.base_min_bps, tariff.base_max_bps)), data.draw(st.integers(0, BPS))
     offer = replace(
         OFFER,
+        base_epoch=data.draw(st.integers(base_epoch(now - MAX_OFFER_LIFE_S), base_epoch(now) + 1)),
         base_bps=next_base(tariff, parent, busy),
         base_parent_bps=parent,
         base_utilisation_bps=busy,
@@ -120,6 +124,12 @@ def test_any_offer_over_an_admitted_tariff_is_believed(
     travelled = decode(encode(envelope))
     assert isinstance(travelled, OfferEnvelope)
     assert check_envelope(DOMAIN, travelled, now).offer == offer
+
+
+@pytest.mark.parametrize("epoch", [base_epoch(NOW) + 2, base_epoch(NOW - MAX_OFFER_LIFE_S) - 1])
+def test_an_epoch_of_another_time_is_refused(epoch: int) -> None:
+    with pytest.raises(FieldOutOfRange, match="base_epoch"):
+        check_envelope(DOMAIN, seal(offer=replace(OFFER, base_epoch=epoch)), NOW)
 
 
 def test_addresses_are_hints_that_nobody_signed() -> None:

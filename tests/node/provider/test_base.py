@@ -144,7 +144,7 @@ async def test_a_crash_changes_no_epoch_s_multiplier() -> None:
     assert after.base_parent_bps == before.base_bps and after.base_utilisation_bps == BPS // 2, (
         "what was not seen is idle"
     )
-    assert not contradicts(before, after)
+    assert not contradicts(before, after, SHEET)
 
 
 async def test_epochs_nobody_saw_were_idle_and_only_the_last_step_is_stated() -> None:
@@ -217,4 +217,4 @@ async def test_no_life_makes_evidence_against_its_provider(life: list[tuple[int,
         offers.append(await meter.offer())
     for i, offer in enumerate(offers):
         check_base(offer, meter.tariff)
-        assert not any(contradicts(offer, later) for later in offers[i:])
+        assert not any(contradicts(offer, later, SHEET) for later in offers[i:])
