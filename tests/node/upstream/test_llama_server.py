@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,63 +19,18 @@ from node.upstream.settings import UpstreamSettings
 from node.upstream.texts import Texts
 from protocol.options import JobOptions
 from protocol.units import FinishReason, Verifiability
-from tests.node.upstream.gguf_export import export
+from tests.node.upstream.llama import DEMO, SERVED, Servers
 from tests.spine.lab import MODEL, Market, idle, run
 
 pytestmark = pytest.mark.slow
 
-MODEL_DIR = Path("devnet/model/tally-demo-4m")
-TEXTS = Texts((MODEL_DIR / "tokenizer.json").read_bytes())
+TEXTS = Texts((DEMO / "tokenizer.json").read_bytes())
 CHAT = "<|im_start|>user\nTell me of a lion<|im_end|>\n<|im_start|>assistant\n"
-
-
-class Servers:
-    """Starts llama_cpp.server processes and leaves none behind."""
-
-    def __init__(self, gguf: Path) -> None:
-        self.gguf = gguf
-        self.started: list[subprocess.Popen[str]] = []
-
-    def start(self) -> tuple[str, subprocess.Popen[str]]:
-        """(URL ending in /v1, process), once it serves."""
-        words = ["--model", str(self.gguf), "--model_alias", "tally-demo-4m", "--host", "127.0.0.1", "--port", "0"]
-        words += ["--n_ctx", "2048", "--n_threads", "1", "--n_threads_batch", "1", "--interrupt_requests", "false"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llama_cpp.server", *words],
-            text=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        self.started.append(process)
-        assert process.stderr is not None
-        seen = ""
-        for line in process.stderr:
-            seen += line
-            found = re.search(r"running on (http://127\.0\.0\.1:[0-9]+)", line)
-            if found:
-                return f"{found[1]}/v1", process
-        raise AssertionError(f"the server did not start:\n{seen}")
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gguf") / "demo.gguf"
-    export(MODEL_DIR, path)
-    return path
-
-
-@pytest.fixture
-def servers(gguf: Path) -> Iterator[Servers]:
-    made = Servers(gguf)
-    yield made
-    for process in made.started:
-        process.kill()
-        process.communicate()
 
 
 @asynccontextmanager
 async def serving(url: str) -> AsyncIterator[tuple[UpstreamEngine, ModelCard]]:
-    declared = read_declared(MODEL_DIR)
+    declared = read_declared(DEMO)
     engine = UpstreamEngine(
         UpstreamSettings(url, slots=1),
         ModelTexts(declared.tokenizer_json, declared.eos_ids, declared.bos_id, declared.context),
@@ -96,7 +47,7 @@ async def serving(url: str) -> AsyncIterator[tuple[UpstreamEngine, ModelCard]]:
 async def asked_directly(url: str, prompt: str, **changes: Any) -> dict[str, Any]:
     """What the server writes when nothing is in between; `pieces`: token by token, as it streams them."""
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
-    body = {"model": "tally-demo-4m", "prompt": prompt, **neutral, **changes}
+    body = {"model": SERVED, "prompt": prompt, **neutral, **changes}
     async with HttpServer(url) as server:
         found = await server.post("/completions", body)
         events = await server.stream("/completions", {**body, "stream": True})
