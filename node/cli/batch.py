@@ -239,7 +239,7 @@ def _summary_lines(found: dict[str, Any]) -> list[str]:
     skipped = f", {found['skipped']} of them before this run" if found["skipped"] else ""
     lines = [
         f"{found['done']} of {found['lines']} lines answered{skipped}; {found['failed']} failed, "
-        f"{found['left']} to be asked again, {found['invalid']} invalid",
+        f"{found['left']} left, {found['invalid']} invalid",
         f"{found['prompt_tokens']} + {found['completion_tokens']} tokens, {money.amount(int(found['cost_wei']))}"
         + (f", refunds {money.amount(int(found['refund_wei']))}" if found["refund_wei"] != "0" else ""),
         f"answers in {found['output']}",

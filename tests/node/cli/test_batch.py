@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from node.cli.failures import CommandFailed
 from protocol.units import JobKind, Tier, Wei
 from tests.node.cli.conftest import Tally
 from tests.node.cli.test_run import HELLO, Play, ids, play
-from tests.twins.fake_marketplace import Embed, Finish
+from tests.twins.fake_marketplace import Embed, Finish, Hold, Say
 
 __all__ = ["play"]
 
@@ -158,6 +161,25 @@ def test_lost_answers_are_not_bought_again_unasked(tally: Tally, play: Play, tmp
     (tmp_path / "in.out.jsonl").unlink()
     result = tally("batch", str(file))
     assert result.exit_code == 1 and "state file to buy them again" in result.stderr and len(market.specs) == 1
+
+
+def test_ctrl_c_finishes_what_runs_and_the_next_run_goes_on(tally: Tally, play: Play, tmp_path: Path) -> None:
+    hold = Hold()
+    market = play(Say(ids("hello ")), hold, Say(ids("world")), Finish())
+    file = write(tmp_path / "in.jsonl", *(line(str(number)) for number in range(3)))
+
+    def interrupt() -> None:
+        while not hold.reached.is_set():
+            threading.Event().wait(0.02)
+        hold.go.set()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    result = tally("batch", str(file), "--concurrency", "1")
+    assert result.exit_code == 130, result.output
+    assert "1 of 3 lines answered" in result.stdout and "2 left" in result.stdout
+    assert [entry["custom_id"] for entry in read(tmp_path / "in.out.jsonl")] == ["0"] and market.closed == 0
+    assert tally("batch", str(file)).exit_code == 0 and len(market.specs) == 3
 
 
 def test_files_must_differ(tally: Tally, tmp_path: Path) -> None:
