@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from incentives.ledger import Role
 from node.ports import Chain, ChainError, JobRow, MarketEntry, Marketplace, ReceiptRow, Store
 from node.reference import References
 from protocol.bundle import Bundle, Notch
-from protocol.bundle_json import decode, document_json, encode
+from protocol.bundle_json import Node, decode, document_json, encode, signed_json
 from protocol.eip712 import Domain, digest
 from protocol.errors import TallyError
 from protocol.messages import Profile, Tariff
@@ -33,7 +33,7 @@ class NotInJournal(TallyError):
 
 
 def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
-    """`receipts`, `bundle`, `job`, `facts`, `channels`, `jobs` (newest first) and `job_bundle`, from one journal."""
+    """`receipts`, `bundle`, `job`, `facts`, `channels`, `jobs` (newest first), `job_bundle` and `tariff`."""
 
     async def receipts(params: dict[str, Any]) -> dict[str, Any]:
         role = Role(params["role"]) if params.get("role") else None
@@ -74,6 +74,10 @@ def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
             raise NotInJournal(f"the journal has no job {params['job_id']}")
         return {"bundle": encode(await assemble(store, domain, found, Role(params["role"])))}
 
+    async def tariff(params: dict[str, Any]) -> dict[str, Any]:
+        found, signature = await _tariff(store, bytes.fromhex(str(params["hash"]).removeprefix("0x")))
+        return {"tariff": None if found is None else signed_json(found, signature)}
+
     return {
         "receipts": receipts,
         "bundle": bundle,
@@ -82,7 +86,30 @@ def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
         "channels": channels,
         "jobs": jobs,
         "job_bundle": job_bundle,
+        "tariff": tariff,
     }
+
+
+class TariffNumbers(Protocol):
+    """What a running provider does with sheets that its operator signs (provider/offering.py)."""
+
+    async def claim(self, tariff: Tariff, least: int) -> Tariff: ...
+
+    async def adopt(self, tariff: Tariff) -> None: ...
+
+
+def tariff_routes(offering: TariffNumbers) -> dict[str, Route]:
+    """`tariff_claim` and `tariff_adopt`, answered by a running provider."""
+
+    async def tariff_claim(params: dict[str, Any]) -> dict[str, Any]:
+        tariff = Node("tariff", params["tariff"]).document(Tariff)
+        return {"tariff": document_json(await offering.claim(tariff, int(params["least"])))}
+
+    async def tariff_adopt(params: dict[str, Any]) -> dict[str, Any]:
+        await offering.adopt(Node("tariff", params["tariff"]).document(Tariff))
+        return {}
+
+    return {"tariff_claim": tariff_claim, "tariff_adopt": tariff_adopt}
 
 
 def market_routes(marketplace: Marketplace, chain: Chain) -> dict[str, Route]:

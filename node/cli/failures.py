@@ -95,6 +95,12 @@ _ADVICE: Final[tuple[_Advice, ...]] = (
         "check the server, its URL and key (`tally config show`), then try again",
     ),
     (
+        "node.tariff_sheet",
+        "TariffSheetError",
+        "nothing was signed or sent",
+        "`tally tariff new` writes a sheet with every field",
+    ),
+    (
         "node.gateway.control",
         "ControlUnavailable",
         "nothing was changed",

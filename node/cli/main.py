@@ -31,6 +31,8 @@ COMMANDS: Final = {
     "run": ("node.cli.run:run", "Send one prompt and stream the answer."),
     "batch": ("node.cli.batch:batch", "Run a file of requests at the flex price; stops and continues."),
     "market": ("node.cli.market:market", "What is on offer, at which price."),
+    "tariff": ("node.cli.tariff:tariff", "Price sheets: write, sign, show, put on chain."),
+    "fairness": ("node.cli.fairness:fairness", "Audit charges, books and equal service."),
     "receipts": ("node.cli.receipts:receipts", "List, show, verify and export receipts."),
     "reservation": ("node.cli.reservation:reservation", "Capacity bought or sold ahead."),
     "wallet": ("node.cli.wallet:wallet", "Balance, escrow channels, transfers."),

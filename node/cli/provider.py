@@ -45,6 +45,8 @@ def provider() -> None:
 @click.option("--price-prompt", metavar="TALLY", help="Per million prompt tokens.")
 @click.option("--price-cached", metavar="TALLY", help="Per million prompt tokens found in the prefix cache.")
 @click.option("--price-completion", metavar="TALLY", help="Per million generated tokens (reasoning tokens too).")
+@click.option("--tariff", "tariff_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Serve under this price sheet or signed tariff, instead of the settings' prices.")  # fmt: skip
 @click.option("--stake", metavar="TALLY", help="Stake to hold in the Registry.")
 @click.option("--region", metavar="TEXT", help="Where the machine stands, as told in the offer.")
 @click.option("--ready-file", type=click.Path(dir_okay=False, path_type=Path), help="Write JSON there when serving.")
@@ -63,6 +65,7 @@ def run(
     price_prompt: str | None,
     price_cached: str | None,
     price_completion: str | None,
+    tariff_file: Path | None,
     stake: str | None,
     region: str | None,
     ready_file: Path | None,
@@ -79,6 +82,7 @@ def run(
     tally provider run --model ./Qwen3-0.6B
     tally provider run --model ./m --listen 0.0.0.0:4001 --price-prompt 0.05 --price-completion 0.20
     tally provider run --model ./m --bootstrap /ip4/203.0.113.7/tcp/4001/p2p/16Uiu2HAm...
+    tally provider run --model ./m --tariff prices.json
     tally provider run --model ./m --upstream http://127.0.0.1:8000/v1
 
     With --upstream another server computes (vLLM, SGLang, llama.cpp), --model DIR needs no weights, and the offer
@@ -99,6 +103,7 @@ def run(
         provider__cached_price=price_cached,
         provider__completion_price=price_completion,
         provider__reasoning_price=price_completion,
+        provider__tariff_file=tariff_file,
         provider__stake=stake,
         provider__region=region,
     )
@@ -150,11 +155,16 @@ def _banner(facts: dict[str, Any], config: NodeConfig) -> list[str]:
         f"wallet     {facts['wallet']}",
         f"node key   {facts['node_key']}",
         f"stake      {money.amount(prices.stake)}",
-        "tariff     TALLY per million tokens: "
-        f"prompt {money.per_million(prices.prompt_price)}, cached {money.per_million(prices.cached_price)}, "
-        f"completion {money.per_million(prices.completion_price)}, "
-        f"reasoning {money.per_million(prices.reasoning_price)}",
     ]
-    if prices.per_request:
-        lines.append(f"           and {money.amount(prices.per_request)} a request")
+    if prices.tariff_file is not None:
+        lines.append(f"tariff     {prices.tariff_file}; `tally tariff show` says what it comes to")
+    else:
+        lines.append(
+            "tariff     TALLY per million tokens: "
+            f"prompt {money.per_million(prices.prompt_price)}, cached {money.per_million(prices.cached_price)}, "
+            f"completion {money.per_million(prices.completion_price)}, "
+            f"reasoning {money.per_million(prices.reasoning_price)}"
+        )
+        if prices.per_request:
+            lines.append(f"           and {money.amount(prices.per_request)} a request")
     return [*lines, "Ctrl-C stops cleanly; `tally status` shows what runs here"]

@@ -15,10 +15,12 @@ from typing import Final
 from node.ports import Chain, ChainError, ChainUnavailable, Clock, Directory, Engine, Entropy, Store, Transport
 from node.provider.admission import Terms
 from node.provider.base import BasePrice
+from node.provider.sequence import claim, load_tariff, tariff_slot
 from protocol.eip712 import digest, hash_struct
+from protocol.errors import TallyError
 from protocol.messages import Offer, Tariff
 from protocol.offers import seal_offer, text_hash
-from protocol.packing import pack, packed_size, unpack
+from protocol.packing import pack
 from protocol.sealing import BoxKey
 from protocol.signing import Signer
 from protocol.tariff import check_tariff
@@ -50,6 +52,10 @@ LOG_ATTEMPTS: Final = 4
 """Tries to log a tariff in time. With an epoch of 60 s the last has a margin of half an hour."""
 
 _SEQUENCE = "provider/offer_sequence"
+
+
+class TariffElsewhere(TallyError):
+    """A price sheet that this node cannot serve under."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,7 @@ class Offering:
         self._base = BasePrice(engine, store, clock, self._slot("base"))
         self._base_offered: int | None = None
         self._renewing = asyncio.Lock()
+        self._numbering = asyncio.Lock()
 
     def box_key(self, public: bytes) -> BoxKey | None:
         """The secret behind an offered box key, or None when it was never ours or is destroyed."""
@@ -141,22 +148,60 @@ class Offering:
                 return tariff.valid_from
         raise AssertionError("the last try logs the tariff or raises")
 
+    async def claim(self, tariff: Tariff, least: int) -> Tariff:
+        """A number for a sheet that the operator will sign, never one of ours. Raises: TariffElsewhere, StoreError."""
+        self._check_ours(tariff)
+        async with self._numbering:
+            return await claim(self._store, self._chain.domain, tariff, least)
+
+    async def adopt(self, tariff: Tariff) -> None:
+        """Go on under a sheet that is in the chain's log: offered from its date, renewed with its prices.
+
+        Raises: TariffElsewhere, ChainError, StoreError; then everything stays as it was.
+        """
+        self._check_ours(tariff)
+        if await self._chain.tariff(digest(self._chain.domain, tariff)) is None:
+            raise TariffElsewhere("the tariff is not in the chain's log, so nothing can be offered under it")
+        async with self._numbering:
+            signed = await self._load("signed")
+            if signed is None or tariff.sequence >= signed.sequence:
+                await self._store.put_value(self._slot("signed"), pack(tariff))
+            await self._store.put_value(self._slot("logged"), pack(tariff))
+            await self._admit(tariff)
+            self._wanted = tariff
+
+    def _check_ours(self, tariff: Tariff) -> None:
+        """Raises: TariffElsewhere."""
+        ours = self._wanted
+        if (tariff.provider, tariff.profile_id) != (ours.provider, ours.profile_id):
+            raise TariffElsewhere(
+                f"the tariff is of wallet 0x{tariff.provider.hex()} and profile 0x{tariff.profile_id.hex()}; this node "
+                f"serves wallet 0x{ours.provider.hex()} and profile 0x{ours.profile_id.hex()}"
+            )
+
     async def _loggable(self, patience: int) -> Tariff:
         """The newest signed tariff if it is in the log or can still come there in time, else the next, persisted."""
+        async with self._numbering:
+            return await self._loggable_now(patience)
+
+    async def _loggable_now(self, patience: int) -> Tariff:
         signed = await self._load("signed")
         head, epoch = await self._chain.head(), await self._chain.epoch_seconds()
         earliest = max(self._clock.now_ms() // 1000, head.timestamp) + epoch
         last = await self._chain.last_sequence(self._wanted.provider, self._wanted.profile_id)
-        if signed is not None and self._lasting(signed):
-            if await self._chain.tariff(digest(self._chain.domain, signed)) is not None:
-                return signed
-            if signed.sequence > last and signed.valid_from >= earliest + MIN_MARGIN_S:
-                return signed
-        sequence = max(signed.sequence if signed else 0, last) + 1
+        if self._wanted.sequence > (signed.sequence if signed else 0):
+            signed = self._wanted  # its operator signed it elsewhere
+            await self._store.put_value(self._slot("signed"), pack(signed))
+        # A number claimed for a sheet that its operator has not logged yet must not make us log another.
+        for known in (signed, await self._load("logged")):
+            if known is not None and self._lasting(known):
+                if await self._chain.tariff(digest(self._chain.domain, known)) is not None:
+                    return known
+                if known is signed and known.sequence > last and known.valid_from >= earliest + MIN_MARGIN_S:
+                    return known
         start = earliest + max(MIN_MARGIN_S, epoch // 2) * patience
-        tariff = replace(self._wanted, sequence=sequence, valid_from=start, valid_until=start + TARIFF_LIFE_S)
-        await self._store.put_value(self._slot("signed"), pack(tariff))
-        return tariff
+        tariff = replace(self._wanted, valid_from=start, valid_until=start + TARIFF_LIFE_S)
+        return await claim(self._store, self._chain.domain, tariff, last + 1)
 
     async def _log(self, tariff: Tariff, *, last_try: bool) -> bool:
         """Whether it is in the chain's log now; False when it came too late, and a later date may do.
@@ -192,16 +237,10 @@ class Offering:
         return True
 
     def _slot(self, kind: str) -> str:
-        """Where the newest tariff that was `signed`, or is `logged`, or the `base` multiplier, is kept.
-
-        Per deployment, wallet and profile, as the sequence numbers are: going back to a model goes on where it was.
-        """
-        deployment, wanted = self._chain.domain.separator(), self._wanted
-        return f"provider/tariff_{kind}/{deployment.hex()}/{wanted.provider.hex()}/{wanted.profile_id.hex()}"
+        return tariff_slot(kind, self._chain.domain, self._wanted)
 
     async def _load(self, kind: str) -> Tariff | None:
-        raw = await self._store.get_value(self._slot(kind))
-        return None if raw is None or len(raw) != packed_size(Tariff) else unpack(Tariff, raw)
+        return await load_tariff(self._store, kind, self._chain.domain, self._wanted)
 
     def _lasting(self, tariff: Tariff) -> bool:
         return self._same_prices(tariff) and tariff.valid_until - self._clock.now_ms() // 1000 >= TARIFF_RENEW_S
