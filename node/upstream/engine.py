@@ -40,9 +40,10 @@ from protocol.units import Verifiability
 
 log = logging.getLogger("tally.upstream")
 
-HEADERS_S: Final = 5.0
-"""How long `submit` waits for a turn and then for the server to accept. Unit: s. Half of the ten a client waits for an
-acceptance; what takes longer is accepted here first and may break there later."""
+TURN_S: Final = 4.0
+HEADERS_S: Final = 4.0
+"""How long `submit` waits for a turn, and then for the server to accept. Unit: s. Together below the ten a client waits
+for an acceptance; a server that takes longer is trusted first and may refuse later, which breaks the stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +130,14 @@ class UpstreamEngine:
         body = self._body(request)
         server = self._running()
         began = self._clock.monotonic()
-        await self._turns.take(request.urgency, HEADERS_S)
+        await self._turns.take(request.urgency, TURN_S)
         self._load.begin(self._turns.active)
         opening = asyncio.create_task(server.stream("/completions", body))
         writing = Writing(request, self._able, self._texts, self._model.eos_ids)
         stream = UpstreamStream(opening, writing, self._load, self._left, began)
         self._streams.add(stream)
         try:
-            await asyncio.wait({opening}, timeout=max(0.5, HEADERS_S - (self._clock.monotonic() - began)))
+            await asyncio.wait({opening}, timeout=HEADERS_S)
             if opening.done():
                 opening.result()
         except BaseException as exc:
@@ -159,7 +160,7 @@ class UpstreamEngine:
             self._check_ids(ids, 0)
         given = [list(ids) if self._able.embed_ids else self._texts.said(ids) for ids in inputs]
         server = self._running()
-        await self._turns.take(urgency, HEADERS_S)
+        await self._turns.take(urgency, TURN_S)
         self._load.begin(self._turns.active)
         try:
             found = await server.post("/embeddings", {"model": self._able.model, "input": given})

@@ -45,6 +45,7 @@ class FakeServer:
     key: str = ""
     padding: int = 0
     pace: Pace | None = None
+    hold: asyncio.Event | None = None
     bodies: list[dict[str, Any]] = field(default_factory=list)
     written: int = 0
     running: int = 0
@@ -94,6 +95,8 @@ class FakeServer:
         return web.json_response({"data": rows[::-1]})
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
+        if self.hold is not None:
+            await self.hold.wait()
         self._check(request)
         body = await request.json()
         self.bodies.append(body)

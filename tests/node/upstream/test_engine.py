@@ -10,6 +10,7 @@ from contextlib import aclosing
 import pytest
 
 from node.ports import EngineFull, Sampling, Urgency
+from node.upstream import engine as engine_module
 from node.upstream.http import UpstreamError
 from node.upstream.writing import NO_PROJECTION, UNKNOWN_LOGPROB
 from protocol.options import JobOptions, Syntax
@@ -158,6 +159,33 @@ async def test_an_end_for_a_reason_of_the_servers_own_is_an_error() -> None:
             with pytest.raises(UpstreamError, match="content_filter"):
                 async for _ in stream:
                     pass
+
+
+@pytest.mark.parametrize("status", [0, 400, 429])
+async def test_a_server_that_takes_its_time_may_still_refuse(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "HEADERS_S", 0.01)
+    async with FakeServer() as server, serving(server, slots=1) as engine:
+        server.hold = asyncio.Event()
+        stream = await engine.submit(ask(4))
+        server.refuses = status
+        server.hold.set()
+        if status:
+            with pytest.raises(UpstreamError):
+                await anext(stream)
+            assert engine.stats().active == 0
+        else:
+            assert len([token async for token in stream]) == 4
+        await stream.aclose()
+
+
+async def test_a_turn_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "TURN_S", 0.01)
+    async with FakeServer(max_model_len=None) as server, serving(server, slots=1) as engine:
+        first = await engine.submit(ask(1000))
+        with pytest.raises(EngineFull, match="stayed taken"):
+            await engine.submit(ask(3))
+        assert engine.stats().queued == 0 and engine.wait_ms(Urgency.FLEX, 1) >= 0
+        await first.aclose()
 
 
 async def test_a_stop_before_min_tokens_is_an_error() -> None:

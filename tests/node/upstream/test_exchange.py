@@ -7,16 +7,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from node.app import _with_exchange
+from node.config import load
 from node.ports import JobDone, JobEvent, JobFailed, JobOutside, JobSpec, JobStarted, JobTokens, NoProvider, Sampling
 from node.upstream.byte_card import byte_card
 from node.upstream.exchange import Exchange
 from node.upstream.platform import SHEET_LIFE_S, SHEET_RETRY_S, Platform
 from node.upstream.settings import ExchangeSettings
-from protocol.errors import Refused
+from protocol.errors import Refused, TallyError
 from protocol.options import JobOptions, Syntax
 from protocol.units import WEI_PER_TALLY, Address, Digest, FinishReason, JobKind, Wei
 from tests.node.gateway import cards
@@ -249,3 +252,16 @@ async def test_the_gateway_says_who_answered() -> None:
             )
             assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "Hello from outside."
             assert {path for path, _ in platform.asked} == {"/chat/completions"}
+
+
+async def test_an_exchange_that_lacks_something_is_refused_at_the_start(tmp_path: Path) -> None:
+    inner = FakeMarketplace(CARD, LOCAL)
+    flags = {"home": str(tmp_path), "exchange.enabled": True, "exchange.url": "http://127.0.0.1:1/v1"}
+    with pytest.raises(TallyError, match=r"exchange\.tally_usd, exchange\.ceiling"):
+        async with _with_exchange(load(flags, env={}), inner):
+            raise AssertionError("it started without a rate")
+    async with _with_exchange(load({"home": str(tmp_path)}, env={}), inner) as market:
+        assert market is inner
+    whole = {**flags, "exchange.tally_usd": "0.5", "exchange.ceiling": "1"}
+    async with _with_exchange(load(whole, env={}), inner) as market:
+        assert isinstance(market, Exchange) and not outside(await events_of(market, spec()))
