@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 NPM_STAMP := contracts/node_modules/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup prerequisites demo test test-fast check bench format clean
+.PHONY: help setup prerequisites demo test test-fast check bench bench-engine format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -62,6 +62,9 @@ test: check ## everything that CI runs
 
 bench: setup ## ratios against the bare engine, gas, signatures; JSON in bench-results/
 	$(BIN)/python -m devnet.bench
+
+bench-engine: setup ## our engine against llama.cpp and transformers over the same weights
+	$(BIN)/python -m devnet.bench.engine
 
 format: setup ## rewrite in the house style
 	$(BIN)/ruff check --fix .
