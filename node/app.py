@@ -276,6 +276,7 @@ async def _serving(config: NodeConfig, model_dir: Path, model: str) -> AsyncIter
             wanted.upstream_model,
             wanted.upstream_key_file,
             wanted.slots,
+            wanted.max_queue,
             allow_private=wanted.upstream_private,
         )
         engine = UpstreamEngine(
@@ -445,6 +446,7 @@ async def gateway_app(config: NodeConfig) -> AsyncIterator[GatewayApp]:
         async def status(_: dict[str, Any]) -> dict[str, Any]:
             return {**await marketplace.status(), "url": url, "chain": await chain_status(chain)}
 
-        routes = {**journal_routes(client.store, chain.domain), **market_routes(client.marketplace, chain)}
+        market = market_routes(client.marketplace, chain, client.marketplace.card_of)
+        routes = {**journal_routes(client.store, chain.domain), **market}
         await stack.enter_async_context(_control(config, {"status": status, **routes}))
         yield GatewayApp(client, server, url)
