@@ -7,13 +7,13 @@ is shown without these figures, never with another offer's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from incentives.basket import BASKET, Measured, measured, mix_ste_micro
 from incentives.reference_text import TEXTS
-from node.ports import MarketEntry, Marketplace, ModelCard
+from node.ports import MarketEntry, ModelCard
 from protocol.errors import TallyError
 from protocol.units import Digest
 
@@ -41,29 +41,34 @@ class Reference:
         return len(self.encoder.encode(text, add_special_tokens=False).ids)
 
 
-class References:
-    """References by profile; each card is asked for until it was had once."""
+CardOf = Callable[[Digest], Awaitable[ModelCard]]
+"""The card of a profile. Raises: NoProvider."""
 
-    def __init__(self, marketplace: Marketplace) -> None:
-        self._marketplace = marketplace
+
+class References:
+    """References by profile; each card is asked for until it was had once. Without `card_of` none is known."""
+
+    def __init__(self, card_of: CardOf | None) -> None:
+        self._card_of = card_of
         self._known: dict[Digest, Reference] = {}
 
     async def learn(self, entries: Iterable[MarketEntry]) -> None:
         """Have references for as many entries as can be had in time. Never raises for what a provider does."""
-        models = sorted({entry.model for entry in entries if entry.profile not in self._known})
+        if self._card_of is None:
+            return
+        profiles = sorted({entry.profile for entry in entries if entry.profile not in self._known})
         try:
             async with asyncio.timeout(CARD_WAIT_S):
-                await asyncio.gather(*(self._learn(model) for model in models))
+                await asyncio.gather(*(self._learn(profile, self._card_of) for profile in profiles))
         except TimeoutError:
             pass
 
-    async def _learn(self, model: str) -> None:
+    async def _learn(self, profile: Digest, card_of: CardOf) -> None:
         try:
-            card = await self._marketplace.card(model)
-            found = await asyncio.to_thread(_reference, card)
+            found = await asyncio.to_thread(_reference, await card_of(profile))
         except (TallyError, ValueError):
             return
-        self._known[card.profile_id] = found
+        self._known[profile] = found
         while len(self._known) > REMEMBERED:
             del self._known[next(iter(self._known))]
 

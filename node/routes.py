@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 from incentives.ledger import Role
 from node.ports import Chain, ChainError, JobRow, MarketEntry, Marketplace, ReceiptRow, Store
-from node.reference import References
+from node.reference import CardOf, References
 from protocol.bundle import Bundle, Notch
 from protocol.bundle_json import Node, decode, document_json, encode, signed_json
 from protocol.eip712 import Domain, digest
@@ -112,9 +112,12 @@ def tariff_routes(offering: TariffNumbers) -> dict[str, Route]:
     return {"tariff_claim": tariff_claim, "tariff_adopt": tariff_adopt}
 
 
-def market_routes(marketplace: Marketplace, chain: Chain) -> dict[str, Route]:
-    """`market`, answered by a running client. `measure`: each offer with its `reference`; `text`: counted as well."""
-    references = References(marketplace)
+def market_routes(marketplace: Marketplace, chain: Chain, card_of: CardOf | None = None) -> dict[str, Route]:
+    """`market`, answered by a running client. `measure`: each offer with its `reference`; `text`: counted as well.
+
+    `card_of`: how to have the card of a profile; without it offers stay unmeasured.
+    """
+    references = References(card_of)
 
     async def market(params: dict[str, Any]) -> dict[str, Any]:
         entries = [entry for entry in await marketplace.market() if params.get("model") in (None, entry.model)]

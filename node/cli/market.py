@@ -173,7 +173,7 @@ async def _show(session: Session, config: NodeConfig, params: dict[str, Any], sh
     from node.routes import market_routes
 
     async with client_app(config) as app:
-        route = market_routes(app.marketplace, app.chain)["market"]
+        route = market_routes(app.marketplace, app.chain, app.marketplace.card_of)["market"]
         while True:
             await app.directory.refresh()
             shown.print((await route(params))["offers"])

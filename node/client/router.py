@@ -176,6 +176,13 @@ class Router:
         longest = max(o.offer.max_context for o in offers if o.offer.profile_id == card.profile_id)
         return replace(card, max_context=longest)
 
+    async def card_of(self, profile: Digest) -> ModelCard:
+        """The card of one profile on offer, where several serve one model's name. Raises: NoProvider."""
+        offers = [checked for checked in self._directory.offers() if checked.offer.profile_id == profile]
+        if not offers:
+            raise NoProvider(f"nobody offers profile 0x{profile.hex()}")
+        return await self._fetched(offers[0].model, offers)
+
     async def _fetched(self, model: str, offers: list[CheckedOffer]) -> ModelCard:
         """A card known, or fetched now, of one of the offers. Raises: NoProvider."""
         reasons = []

@@ -152,6 +152,12 @@ class FakeMarketplace:
             raise NoProvider(f"nobody offers {model!r}.")
         return self.cards[model]
 
+    async def card_of(self, profile: Digest) -> ModelCard:
+        for card in self.cards.values():
+            if card.profile_id == profile:
+                return card
+        raise NoProvider(f"nobody offers profile 0x{profile.hex()}.")
+
     async def status(self) -> dict[str, object]:
         return {"peers": 3, "channels": []}
 

@@ -22,7 +22,7 @@ from node.gateway.vocabulary import load_vocabulary
 from node.ports import MarketEntry
 from protocol.metering import Usage
 from protocol.tariff import MULTIPLIER_ONE
-from protocol.units import Address, Tier, Verifiability
+from protocol.units import Address, Digest, Tier, Verifiability
 from tests.node.cli.conftest import Tally
 from tests.node.gateway import cards
 from tests.twins import fake_marketplace
@@ -148,10 +148,10 @@ def test_an_offer_whose_card_cannot_be_had_is_shown_without_its_figures(
 ) -> None:
     from node.ports import NoProvider
 
-    async def card(self: FakeMarketplace, model: str) -> Any:
+    async def card_of(self: FakeMarketplace, profile: Digest) -> Any:
         raise NoProvider("nobody gave it")
 
-    monkeypatch.setattr(FakeMarketplace, "card", card)
+    monkeypatch.setattr(FakeMarketplace, "card_of", card_of)
     row = shown(tally)[0]
     assert row["per_ste"] is row["per_megabyte"] is None and row["per_million_mix"] is not None
     assert "?" in tally("market").stdout
@@ -199,7 +199,8 @@ def test_outside_limits_are_respected() -> None:
 async def test_a_sheet_names_no_tokenizer_so_counts_are_lent_and_said_to_be() -> None:
     from node.routes import market_routes
 
-    route = market_routes(Two(CARD), await MemoryLab().node(None))["market"]
+    two = Two(CARD)
+    route = market_routes(two, await MemoryLab().node(None), two.card_of)["market"]
     offers = (await route({"measure": True, "text": "hello world"}))["offers"]
     wanted = Wanted(Tier.STANDARD, output=5)
     own = [offer_row(offer, wanted) for offer in offers]
@@ -213,7 +214,8 @@ async def test_a_sheet_names_no_tokenizer_so_counts_are_lent_and_said_to_be() ->
 async def test_another_currency_is_never_ranked_among_ours() -> None:
     from node.routes import market_routes
 
-    route = market_routes(Two(CARD), await MemoryLab().node(None))["market"]
+    two = Two(CARD)
+    route = market_routes(two, await MemoryLab().node(None), two.card_of)["market"]
     wanted = Wanted(Tier.STANDARD)
     own = [offer_row(offer, wanted) for offer in (await route({"measure": True}))["offers"]]
     rows = lend_counts([outside(wanted), *own])
