@@ -398,13 +398,17 @@ class Attempt:
         self.last_digest = receipt_digest
         return receipt_digest
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the last token received ends the text."""
+        return bool(self.tokens) and self.tokens[-1] in {*self._card.eos_ids, *self._spec.options.stop_ids}
+
     def _check_stop(self, receipt: WorkReceipt) -> None:
         """STOP means the last token is EOS or one of the stop ids, and no earlier token was."""
         if self._spec.kind is JobKind.EMBED:
             return
         stops = {*self._card.eos_ids, *self._spec.options.stop_ids}
-        ended = bool(self.tokens) and self.tokens[-1] in stops
-        if (receipt.finish_reason == FinishReason.STOP) and not ended:
+        if (receipt.finish_reason == FinishReason.STOP) and not self.stopped:
             raise ReceiptMismatch("finish_reason", "stop", "no stop token")
         if any(token in stops for token in self.tokens[:-1]):
             raise ReceiptMismatch("completion_tokens", receipt.completion_tokens, "tokens after a stop token")

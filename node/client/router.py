@@ -76,8 +76,8 @@ class ClientSettings:
 
 @dataclass(slots=True)
 class _Progress:
-    """One stream over all its attempts. `delivered`: tokens the caller has; `acked`: those vouched for. `vectors`:
-    embeddings the caller has.
+    """One stream over all its attempts. `delivered`: tokens the caller has; `acked`: those a continuation starts after.
+    `vectors`: embeddings the caller has.
 
     `tried`: providers not to be asked again; those of them that only refused are in `refused` too.
     """
@@ -440,9 +440,22 @@ class Router:
         progress.tried.add(attempt.provider)
         await attempt.talk.__aexit__(type(exc), exc, None)
         await attempt.close(FinishReason.ERROR, str(exc))
-        progress.acked.extend(attempt.tokens[: attempt.acked])
+        progress.acked.extend(self._kept(progress, attempt))
         if progress.parent is None:
             progress.parent = Parent(attempt.job_id, attempt.seed)
+
+    def _kept(self, progress: _Progress, attempt: Attempt) -> list[int]:
+        """The tokens that a continuation starts after: those acknowledged, whose like comes again and is compared.
+
+        An upstream server's sampling cannot be repeated, so its text is continued from where the caller has it; what
+        was not acknowledged of it is not paid.
+        """
+        # SPEC 4.10: continues after what was delivered
+        acked = attempt.tokens[: attempt.acked]
+        if attempt.offer.offer.verifiability == Verifiability.REPLAY:
+            return acked
+        goes_on = len(attempt.tokens) < progress.max_tokens and not attempt.stopped
+        return attempt.tokens if goes_on else acked
 
     def _wind_down(self, attempt: Attempt) -> None:
         """The caller left: cancel in the background, so that what was delivered is receipted and paid."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from protocol.cache import BLOCK_TOKENS, block_heads, prompt_head
 from protocol.errors import Refused
 from protocol.messages import WorkReceipt
 from protocol.options import JobOptions, decode_options, options_hash
-from protocol.units import BPS, WEI_PER_TALLY, ZERO_DIGEST, FinishReason, JobKind, Tier, Wei
+from protocol.units import BPS, WEI_PER_TALLY, ZERO_DIGEST, FinishReason, JobKind, Tier, Verifiability, Wei
 from protocol.work import Work
 from tests.spine.lab import Buyer, Market, idle, run, spec, until
 from tests.spine.test_endings import TOKEN, settle
@@ -360,3 +361,40 @@ async def test_a_deposit_covers_what_a_hit_saves(monkeypatch: pytest.MonkeyPatch
         (channel,) = buyer.accounts.channels()
         await until(lambda: not channel.reserved)
         assert channel.owed == channel.vouched
+
+
+async def test_a_text_that_cannot_be_repeated_goes_on_where_the_caller_has_it() -> None:
+    """Providers that serve through another server: the second one's draws are not the first one's."""
+    async with Market() as market:
+        first, second = await market.seller(engine=upstream(100)), await market.seller(engine=upstream(200))
+        buyer = await market.buyer()
+        held = asyncio.Event()
+
+        async def pace(at: int) -> None:
+            if at >= 40:
+                await held.wait()
+
+        first.engine.pace = second.engine.pace = pace
+        tokens: list[int] = []
+        cut = 0
+        async for event in buyer.router.run(spec(100)):
+            if isinstance(event, JobTokens):
+                tokens += event.token_ids
+                if len(tokens) == 40 and not cut:
+                    cut = len(tokens)
+                    job = (await buyer.store.jobs(Role.CLIENT))[-1]
+                    running = next(s for s in (first, second) if s.wallet.address == job.request.provider)
+                    held.set()
+                    await running.transport.stop()
+        assert len(tokens) == 100 and cut == 40
+        assert len(set(tokens[:cut])) == len(set(tokens[cut:])) == 1 and tokens[0] != tokens[-1]
+        parent, child = sorted(await buyer.store.jobs(Role.CLIENT), key=lambda job: job.opened_at_ms)
+        assert child.request.prompt_tokens == 4 + cut, "what was delivered is not asked for again"
+        assert parent.owed + child.owed == buyer.accounts.spent
+
+
+def upstream(token: int) -> EngineTwin:
+    engine = EngineTwin()
+    engine.verifiability = Verifiability.NONE
+    engine.token = lambda seed, position: token  # type: ignore[method-assign]
+    return engine
