@@ -15,7 +15,7 @@ from node.gateway import errors
 from node.gateway.errors import ApiError, Delivered
 from node.gateway.fields import Fields, token_ids
 from node.gateway.gate import Gate
-from node.gateway.jobs import Head, Part, Purse, check_ids, closed_after
+from node.gateway.jobs import Head, Part, Purse, check_ids, closed_after, failure
 from node.gateway.limits import EMBED_JOBS, MAX_EMBED_TEXTS, MAX_EMBED_TOKENS
 from node.gateway.models import Models
 from node.gateway.price import Price, price_json, price_up
@@ -82,7 +82,7 @@ class PreparedEmbeds:
 
     call: EmbedCall
     specs: tuple[JobSpec, ...]
-    prices: tuple[Price | None, ...]
+    prices: tuple[Price, ...]
 
 
 @dataclass(slots=True)
@@ -154,8 +154,8 @@ class Embeddings:
             done = [_Done(Progress(len(spec.prompt))) for spec in prepared.specs]
             slots = asyncio.Semaphore(EMBED_JOBS)
             tasks = [
-                asyncio.ensure_future(self._run(spec, part, slots))
-                for spec, part in zip(prepared.specs, done, strict=True)
+                asyncio.ensure_future(self._run(spec, price, part, slots))
+                for spec, price, part in zip(prepared.specs, prepared.prices, done, strict=True)
             ]
             try:
                 await asyncio.gather(*tasks)
@@ -168,7 +168,7 @@ class Embeddings:
         for piece in _reply(prepared.call, done):
             yield piece
 
-    async def _run(self, spec: JobSpec, done: _Done, slots: asyncio.Semaphore) -> None:
+    async def _run(self, spec: JobSpec, price: Price, done: _Done, slots: asyncio.Semaphore) -> None:
         async with slots:
             try:
                 async with closed_after(self._marketplace.run(spec)) as job:
@@ -177,7 +177,7 @@ class Embeddings:
                         if isinstance(event, JobVectors):
                             done.vectors += event.vectors
             except TallyError as exc:
-                raise errors.from_tally(exc) from exc
+                raise failure(exc, price) from exc
         if done.progress.done is None or done.progress.done.finish is not FinishReason.STOP:
             raise errors.from_finish(done.progress.done.finish if done.progress.done else FinishReason.ERROR)
         if len(done.vectors) != len(spec.options.inputs):

@@ -36,6 +36,7 @@ from node.ports import (
     JobTokens,
     Marketplace,
     ModelCard,
+    NoProvider,
 )
 from protocol.errors import TallyError
 from protocol.metering import Reasoning, opens_reasoning
@@ -70,7 +71,7 @@ class Prepared:
     codec: TextCodec
     spec: JobSpec
     reading: Reading
-    price: Price | None
+    price: Price
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ class Jobs:
                     if reader.stopped and not _ends_itself(event, prepared.spec):
                         break
         except TallyError as exc:
-            raise errors.from_tally(exc).for_delivered(progress.delivered()) from exc
+            raise failure(exc, prepared.price).for_delivered(progress.delivered()) from exc
         finish = "stop" if reader.stopped else progress.end()
         last = reader.finish()
         if not last.empty:
@@ -265,6 +266,13 @@ def check_ids(codec: TextCodec, ids: tuple[int, ...], param: str) -> None:
     """Raises: ApiError (400) when one is no token of the model's."""
     if max(ids) >= codec.vocab_size:
         raise errors.invalid(param, f"{param} has token ids above {codec.vocab_size - 1}, the model's last.")
+
+
+def failure(exc: TallyError, price: Price) -> errors.ApiError:
+    """The answer to a job that failed; where nobody took it, what the offers say of that."""
+    if isinstance(exc, NoProvider) and price.objection is not None:
+        return price.objection
+    return errors.from_tally(exc)
 
 
 def closed_after(job: AsyncIterator[JobEvent]) -> aclosing[AsyncGenerator[JobEvent, None]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from node.gateway.errors import ApiError, invalid
@@ -14,44 +14,52 @@ from protocol.units import BPS, ZERO_DIGEST, Digest, JobKind, Tier, Wei
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """The worst case under the cheapest and under the dearest offer that can take the job. `offers`: how many can."""
+    """The worst case under the cheapest and under the dearest offer that can take the job. `offers`: how many can.
 
-    offers: int
-    least: Wei
-    most: Wei
-
-
-def price_up(entries: Sequence[MarketEntry], spec: JobSpec, profile: Digest) -> Price | None:
-    """Worst cases, in wei; None when no offer can take the job for its size, its profile or its `only`.
-
-    Raises: ApiError, 400 when none of the offers sells the tier, 402 when all of them could cost more than the ceiling.
+    `objection`: what to say if nobody takes it, where the offers known now show why: 400 when none sells the tier, 402
+    when all could cost more than the ceiling. It is no verdict: the marketplace may know another way.
     """
+
+    offers: int = 0
+    least: Wei = field(default=Wei(0))
+    most: Wei = field(default=Wei(0))
+    objection: ApiError | None = None
+
+
+def price_up(entries: Sequence[MarketEntry], spec: JobSpec, profile: Digest) -> Price:
+    """Worst cases, in wei; of no offers when none can take the job."""
     tier = Tier(spec.tier)
     if entries and not any(tier_terms(entry.tariff, tier)[0] for entry in entries):
         said = (
             f"Nobody sells {spec.model!r} at the {tier.name.lower()} tier. Nothing was sent or paid. Ask for another."
         )
-        raise invalid("service_tier", said, "tier_not_offered")
+        return Price(objection=invalid("service_tier", said, "tier_not_offered"))
     costs = [_worst(entry, spec) for entry in entries if _fits(entry, spec, profile)]
     if not costs:
-        return None
+        return Price()
     ceiling = spec.price_ceiling
     if ceiling is not None and min(costs) > ceiling:
         said = f"The job could cost {min(costs)} wei, above the limit of {ceiling}. Nothing was sent or paid."
-        raise ApiError(402, "insufficient_quota", "price_ceiling", f"{said} Ask for fewer tokens, or allow more.")
+        said = f"{said} Ask for fewer tokens, or allow more."
+        return Price(objection=ApiError(402, "insufficient_quota", "price_ceiling", said))
     return Price(len(costs), Wei(min(costs)), Wei(max(cost for cost in costs if ceiling is None or cost <= ceiling)))
 
 
-def price_json(spec: JobSpec, price: Price | None) -> dict[str, Any]:
-    """The answer to a dry run. Amounts are wei as decimal strings, None where no offer can take the job now."""
+def price_json(spec: JobSpec, price: Price) -> dict[str, Any]:
+    """The answer to a dry run. Amounts are wei as decimal strings, None where no offer can take the job now.
+
+    Raises: ApiError, the price's objection.
+    """
+    if price.objection is not None:
+        raise price.objection
     return {
         "object": "tally.price",
         "model": spec.model,
         "prompt_tokens": len(spec.prompt),
         "max_tokens": spec.max_tokens,
-        "offers": price.offers if price else 0,
-        "least_wei": str(price.least) if price else None,
-        "most_wei": str(price.most) if price else None,
+        "offers": price.offers,
+        "least_wei": str(price.least) if price.offers else None,
+        "most_wei": str(price.most) if price.offers else None,
     }
 
 

@@ -23,6 +23,7 @@ from node.gateway.control import ControlServer
 from node.gateway.server import GatewayServer
 from node.ports import JobFailed, NoProvider
 from node.system import SystemClock, SystemEntropy
+from protocol.options import Syntax
 from protocol.units import FinishReason
 from tests.node.cli.conftest import Tally
 from tests.node.gateway import cards
@@ -104,6 +105,20 @@ def test_json_has_the_whole_answer(tally: Tally, play: Play) -> None:
     assert found["text"] == "hello world" and found["finish_reason"] == "stop"
     assert found["provider"] == "0x" + PROVIDER.hex() and found["cost_wei"].isdecimal() and len(found["receipts"]) == 1
     assert result.stderr == ""
+
+
+def test_a_schema_and_terms_reach_the_job(tally: Tally, play: Play, tmp_path: Path) -> None:
+    market = play(*HELLO)
+    schema = tmp_path / "city.json"
+    schema.write_text('{"type": "object"}')
+    reservation = "0x" + "07" * 32
+    terms = ("--reservation", reservation, "--private", "--min-tokens", "3", "--max-tokens", "9")
+    assert tally("run", "hi", "--json-schema", str(schema), *terms).exit_code == 0
+    (spec,) = market.specs
+    assert (spec.options.syntax, spec.options.grammar) == (Syntax.JSON_SCHEMA, '{"type":"object"}')
+    assert (spec.reservation.hex(), spec.private, spec.options.min_tokens) == ("07" * 32, True, 3)
+    schema.write_text("{")
+    assert tally("run", "hi", "--json-schema", str(schema)).exit_code == 2
 
 
 def test_standard_input_raw_and_no_stream(tally: Tally, play: Play) -> None:

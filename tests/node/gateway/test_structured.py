@@ -12,12 +12,12 @@ from tokenizers import AddedToken, Tokenizer
 
 from node.gateway.limits import Limits
 from node.gateway.text import ChatMessage, TextCodec
-from node.ports import ModelCard
+from node.ports import ModelCard, NoProvider
 from protocol.options import JobOptions, Syntax
 from protocol.units import ZERO_DIGEST, FinishReason, JobKind, Tier
 from tests.node.gateway import cards
 from tests.node.gateway.serving import Served, ids, serving, shown, unchunked
-from tests.twins.fake_marketplace import PROVIDER, FakeMarketplace, Finish, Hold, Say, tariff
+from tests.twins.fake_marketplace import PROVIDER, Fail, FakeMarketplace, Finish, Hold, Say, tariff
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 HERMES = (
@@ -282,19 +282,20 @@ async def test_a_request_cannot_raise_the_gateways_limit() -> None:
     fake = market("x", card=cards.card())
     async with serving(fake, max_price=10**9) as served:
         await ask(served, extra_body={"x_tally": {"max_price": "1"}})
+        fake.script = (Fail(NoProvider("it could cost more.")),)
         with pytest.raises(openai.APIStatusError) as caught:
             await ask(served, extra_body={"x_tally": {"max_price": "0.000000000000000003"}})
-    assert fake.specs[0].price_ceiling == 10**9 and len(fake.specs) == 1
+    assert [spec.price_ceiling for spec in fake.specs] == [10**9, 3]
     assert (caught.value.status_code, caught.value.code) == (402, "price_ceiling")
 
 
 async def test_a_tier_that_nobody_sells_is_a_bad_request() -> None:
-    fake = market("x", card=cards.card())
+    fake = FakeMarketplace(cards.card(), [Fail(NoProvider("no price for the tier."))])
     fake.tariff = tariff(priority_bps=0)
     async with serving(fake) as served:
         with pytest.raises(openai.BadRequestError) as caught:
             await ask(served, service_tier="priority")
-    assert (caught.value.code, caught.value.param) == ("tier_not_offered", "service_tier") and fake.specs == []
+    assert (caught.value.code, caught.value.param) == ("tier_not_offered", "service_tier")
 
 
 async def test_cache_keys_keep_caches_apart() -> None:
