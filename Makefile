@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LLAMA_STAMP := $(VENV)/.llama
 NPM_STAMP := contracts/node_modules/.installed
 export HF_HUB_OFFLINE := 1
 
@@ -19,7 +20,6 @@ prerequisites:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
 	@command -v gcc >/dev/null || { echo "gcc is missing (fastecdsa is compiled at installation): apt-get install gcc"; exit 1; }
-	@command -v g++ >/dev/null || { echo "g++ is missing (llama.cpp is compiled at installation): apt-get install g++"; exit 1; }
 	@echo '#include <gmp.h>' | gcc -E - >/dev/null 2>&1 || \
 	  { echo "gmp.h is missing (fastecdsa needs it): apt-get install libgmp-dev"; exit 1; }
 	@echo '#include <Python.h>' | gcc -E $$($(PYTHON) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))') - >/dev/null 2>&1 || \
@@ -33,7 +33,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@echo "compiling llama.cpp for this processor (tests and bench-engine use it): five minutes on two cores, once"
+	@touch $@
+
+$(LLAMA_STAMP): $(STAMP)
+	@command -v g++ >/dev/null || { echo "g++ is missing (llama.cpp is compiled for tests and bench-engine): apt-get install g++"; exit 1; }
+	@echo "compiling llama.cpp for this processor, for tests and bench-engine: five minutes on two cores, once"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama]'
 	@touch $@
 
@@ -57,13 +61,13 @@ check: setup ## ruff, mypy strict, import-linter, generated files
 test-fast: setup ## unit and property tests, under 2 minutes
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
-test: check ## everything that CI runs
+test: check $(LLAMA_STAMP) ## everything that CI runs
 	$(BIN)/pytest -n 2 --dist loadfile
 
 bench: setup ## ratios against the bare engine, gas, signatures; JSON in bench-results/
 	$(BIN)/python -m devnet.bench
 
-bench-engine: setup ## our engine against llama.cpp and transformers over the same weights
+bench-engine: setup $(LLAMA_STAMP) ## our engine against llama.cpp and transformers over the same weights
 	$(BIN)/python -m devnet.bench.engine
 
 format: setup ## rewrite in the house style
