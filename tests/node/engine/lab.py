@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from node.engine.compiled import kernels_for, make_decoder, make_sampler
 from node.engine.decoder import Batch, Decoder, Forward, Segment
 from node.engine.generation import EngineError, Generation
 from node.engine.grammar import Matcher
@@ -38,6 +39,18 @@ def ids(number: int, count: int, vocab: int = 100) -> tuple[int, ...]:
     return tuple(rng.randrange(1, vocab) for _ in range(count))
 
 
+def computing(
+    directory: Path, slots: int, context: int, pool_blocks: int, compile_option: str
+) -> tuple[Decoder, Sampler]:
+    """Decoder and sampler of a directory in fp32, by torch (off) or by the compiled kernels (on)."""
+    spec = load_spec(directory)
+    kernels = kernels_for(compile_option, spec, torch.float32, CPU, 1, None)
+    with torch.inference_mode():
+        weights = load_weights(directory, spec, "fp32", CPU)
+        decoder = make_decoder(spec, weights, slots, context, pool_blocks, kernels)
+    return decoder, make_sampler(spec.vocab, spec.hidden, CPU, kernels)
+
+
 class Lab:
     """One scheduler. `tokens`, `vectors`, `errors`: what each stream was given. `read`: tokens computed as prompts.
 
@@ -51,13 +64,12 @@ class Lab:
         pool_blocks: int = 32,
         saved_tokens: int = 10_000,
         context: int = 512,
+        compile_option: str = "off",
     ) -> None:
         torch.set_num_threads(1)
+        self.directory, self.compiled = directory, compile_option
         self.spec = load_spec(directory)
-        with torch.inference_mode():
-            weights = load_weights(directory, self.spec, "fp32", CPU)
-            self.decoder = Decoder(self.spec, weights, slots, context, pool_blocks)
-        self.sampler = Sampler(self.spec.vocab, self.spec.hidden, CPU)
+        self.decoder, self.sampler = computing(directory, slots, context, pool_blocks, compile_option)
         self._forward = self.decoder.forward
         self.decoder.forward = self._counted  # type: ignore[method-assign]
         self.slots = slots
@@ -138,12 +150,9 @@ class Plain:
     Shares weights and sampling with what it checks, and nothing of the scheduling.
     """
 
-    def __init__(self, directory: Path, context: int = 512) -> None:
+    def __init__(self, directory: Path, compile_option: str = "off", context: int = 512) -> None:
         self.spec = load_spec(directory)
-        with torch.inference_mode():
-            weights = load_weights(directory, self.spec, "fp32", CPU)
-            self._decoder = Decoder(self.spec, weights, 1, context)
-        self._sampler = Sampler(self.spec.vocab, self.spec.hidden, CPU)
+        self._decoder, self._sampler = computing(directory, 1, context, 0, compile_option)
 
     def generate(self, request: EngineRequest) -> list[int]:
         options, length = request.options, len(request.prompt)

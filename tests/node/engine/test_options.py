@@ -60,7 +60,7 @@ def plain(model_dir: Callable[[str], Path]) -> Plain:
     return Plain(model_dir("llama"))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(
     options=st.builds(
         JobOptions,

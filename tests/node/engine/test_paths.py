@@ -67,23 +67,26 @@ JOBS = st.lists(
     min_size=4,
     max_size=8,
 )
-SIZES = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([0, 5, 9, 60]), st.sampled_from([0, 90, 10_000]))
-"""Slots, pool blocks, tokens of host room for displaced streams."""
+SIZES = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([0, 5, 9, 60]))
+"""Slots, pool blocks."""
+
+SAVED_TOKENS = (0, 80, 10_000)
+"""Host room for displaced streams: none, for some, for all."""
 
 
 @cache
-def lab_of(directory: Path, slots: int, pool_blocks: int, saved_tokens: int) -> Lab:
-    return Lab(directory, slots, pool_blocks, saved_tokens)
+def lab_of(directory: Path, compiled: str, slots: int, pool_blocks: int, saved_tokens: int) -> Lab:
+    return Lab(directory, slots, pool_blocks, saved_tokens, compile_option=compiled)
 
 
 @cache
-def alone(directory: Path, request: EngineRequest) -> list[int]:
-    return plain_of(directory).generate(request)
+def alone(directory: Path, compiled: str, request: EngineRequest) -> list[int]:
+    return plain_of(directory, compiled).generate(request)
 
 
 @cache
-def plain_of(directory: Path) -> Plain:
-    return Plain(directory)
+def plain_of(directory: Path, compiled: str) -> Plain:
+    return Plain(directory, compiled)
 
 
 def play(lab: Lab, jobs: list[Job], seen: Counter[str]) -> dict[Generation, Job]:
@@ -114,13 +117,12 @@ def play(lab: Lab, jobs: list[Job], seen: Counter[str]) -> dict[Generation, Job]
     return streams
 
 
-def check(directory: Path, jobs: list[Job], sizes: tuple[int, int, int], seen: Counter[str]) -> None:
-    lab = lab_of(directory, *sizes)
+def check(lab: Lab, jobs: list[Job], seen: Counter[str]) -> None:
     lab.restart()
     streams = play(lab, jobs, seen)
     assert not lab.errors
     for stream, job in streams.items():
-        whole = alone(directory, stream.request)
+        whole = alone(lab.directory, lab.compiled, stream.request)
         got = lab.text(stream)
         assert got == whole[: len(got)] if job.cancel_after is not None else got == whole
         seen = {(token.cached_tokens, token.kept) for token in lab.tokens[stream]}
@@ -130,11 +132,11 @@ def check(directory: Path, jobs: list[Job], sizes: tuple[int, int, int], seen: C
             assert 0 <= cached <= hit_limit(len(stream.request.prompt))
             assert (cached, kept) == (0, False) or job.salt
     assert lab.scheduler.active == len(lab.scheduler._waiting) == 0
-    assert len(lab.cache) <= sizes[1]
+    assert len(lab.cache) <= lab.decoder.kv.pool_blocks
     assert lab.scheduler._saved_room == lab._saved_bytes
 
 
-def check_many(directory: Path, examples: int) -> None:
+def check_many(directory: Path, compiled: str, examples: int) -> None:
     seen: Counter[str] = Counter()
 
     @settings(
@@ -145,19 +147,23 @@ def check_many(directory: Path, examples: int) -> None:
         suppress_health_check=list(HealthCheck),
     )
     @given(jobs=JOBS, sizes=SIZES)
-    def play_them(jobs: list[Job], sizes: tuple[int, int, int]) -> None:
-        check(directory, jobs, sizes, seen)
+    def play_them(jobs: list[Job], sizes: tuple[int, int]) -> None:
+        for saved_tokens in SAVED_TOKENS:
+            check(lab_of(directory, compiled, *sizes, saved_tokens), jobs, seen)
 
     play_them()
     assert min(seen["hit"], seen["saved"], seen["computed again"]) > 0, seen
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_path_gives_the_tokens_of_the_plain_forward(name: str, model_dir: Callable[[str], Path]) -> None:
-    check_many(model_dir(name), 20)
+@pytest.mark.parametrize(("name", "compiled"), [*((name, "off") for name in MODELS), ("llama", "auto")])
+def test_every_path_gives_the_tokens_of_the_plain_forward(
+    name: str, compiled: str, model_dir: Callable[[str], Path]
+) -> None:
+    check_many(model_dir(name), compiled, 5)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["off", "auto"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_path_many_times(name: str, model_dir: Callable[[str], Path]) -> None:
-    check_many(model_dir(name), 200)
+def test_every_path_many_times(name: str, compiled: str, model_dir: Callable[[str], Path]) -> None:
+    check_many(model_dir(name), compiled, 80)
