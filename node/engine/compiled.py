@@ -1,9 +1,9 @@
 """Decoder and sampler over the compiled kernels: the same computation as their bases, in an eighth of the calls.
 
-Matrix products stay with torch (oneDNN); all between them is kernels.c. A row's bits depend on nothing but its own
-stream: not on its company, nor on whether it was decoded or read as part of a prompt, as long as oneDNN's packed
-products keep rows apart, which the tests check. So a text continued elsewhere, or from a prefix
-cache, is the same text.
+Matrix products are kernels.c's own in bf16 where the processor has the instruction, else oneDNN's; all between them is
+kernels.c. A row's bits depend on nothing but its own stream: not on its company, nor on whether it was decoded or read
+as part of a prompt, as long as oneDNN's packed products keep rows apart, which the tests check. So a text continued
+elsewhere, or from a prefix cache, is the same text.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from node.engine.decoder import Batch, Decoder, Forward, mlp
 from node.engine.kernels import (
     MAX_HEAD_DIM,
     AttentionShape,
+    DenseLayer,
     DrawArrays,
     Kernels,
     KernelsUnavailable,
     build,
     default_cache,
+    dense_layers,
 )
 from node.engine.sampler import Draw, Sampler
 from node.engine.spec import ModelError, ModelSpec
-from node.engine.weights import Weights
+from node.engine.weights import Layer, Weights
 from protocol.sampling import MICRO
 
 COMPILE: Final = ("off", "auto", "on")
@@ -79,7 +81,8 @@ def make_sampler(vocab: int, hidden: int, device: torch.device, kernels: Kernels
 
 
 class CompiledDecoder(Decoder):
-    """Four kernel calls and four matrix products a layer."""
+    """Where the processor multiplies bf16, a forward of a dense model is one call; else a layer is four calls and four
+    matrix products."""
 
     def __init__(
         self, spec: ModelSpec, weights: Weights, slots: int, max_context: int, pool_blocks: int, kernels: Kernels
@@ -91,11 +94,24 @@ class CompiledDecoder(Decoder):
         )
         self._shape = kernels.shape(shape)
         self._held = [self.kv.layer(index).data_ptr() for index in range(spec.layers)]
+        products = [_dense(layer, held) for layer, held in zip(weights.layers, self._held, strict=True)]
+        dense = [layer for layer in products if layer is not None]
+        self._whole = dense_layers(dense) if len(dense) == spec.layers else None
 
     def forward(self, batch: Batch) -> Forward:
         """As the base: rows of one slot in one batch see those before them."""
-        spec, kernels = self.spec, self._kernels
         packed = self._pack(batch)
+        if self._whole is None:
+            return self._by_layers(packed)
+        spec, weights = self.spec, self._weights
+        width = max(spec.qkv_rows, 2 * spec.intermediate)
+        return Forward(
+            self._kernels.forward(self._shape, self._whole, weights.embed, weights.norm, packed, width), None
+        )
+
+    def _by_layers(self, packed: torch.Tensor) -> Forward:
+        """`packed`: [3, rows] int64, token ids, slots and positions."""
+        spec, kernels = self.spec, self._kernels
         x = F.embedding(packed[0], self._weights.embed)
         y, places = torch.empty_like(x), packed[1:]
         attended = x.new_empty((x.shape[0], spec.heads * spec.head_dim))
@@ -109,6 +125,17 @@ class CompiledDecoder(Decoder):
             add = mlp(layer, spec.moe, normed, routing, kernels.silu)
         hidden = kernels.add_norm(x, add, self._weights.norm, spec.eps, y)
         return Forward(hidden, torch.cat(routing, -1) if routing else None)
+
+
+def _dense(layer: Layer, kv: int) -> DenseLayer | None:
+    """The layer for the whole-forward kernel, or None when a part of it is not among the kernels."""
+    if layer.router is not None:
+        return None
+    gated = layer.mlps[0]
+    qkv, out, gate_up, down = layer.qkv.product, layer.out.product, gated.gate_up.product, gated.down.product
+    if qkv is None or out is None or gate_up is None or down is None:
+        return None
+    return DenseLayer((layer.input_norm, layer.q_norm, layer.k_norm, layer.mlp_norm), (qkv, out, gate_up, down), kv)
 
 
 class CompiledSampler(Sampler):

@@ -89,7 +89,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, vocab] fp32."""
-        return self._weights.head(hidden).float()
+        return self._weights.head.wide(hidden)
 
     def _pack(self, batch: Batch) -> torch.Tensor:
         """[3, rows] int64: token ids, slots and positions of all rows."""

@@ -30,7 +30,7 @@ from node.engine.profile import profile_of, resolve_dtype, stored_parameters
 from node.engine.scheduler import Outcome, Scheduler, out_of_memory
 from node.engine.spec import ModelError, load_spec, weight_files
 from node.engine.waiting import queue_limit
-from node.engine.weights import load_weights
+from node.engine.weights import TORCH_DTYPES, load_weights
 from node.ports import EngineFull, EngineRequest, EngineStats, EngineToken, Urgency
 from protocol.errors import LocalProtocolError
 from protocol.messages import Profile
@@ -359,9 +359,9 @@ class TorchEngine:
         memory = self._memory
         try:
             with torch.inference_mode():
-                weights = load_weights(self._model_dir, self._spec, self._dtype, self._device)
-                dtype, sizes = weights.embed.dtype, (self._slots, memory.context, memory.pool_blocks)
+                dtype, sizes = TORCH_DTYPES[self._dtype], (self._slots, memory.context, memory.pool_blocks)
                 kernels = kernels_for(self._compile, self._spec, dtype, self._device, self._threads, self._cache_dir)
+                weights = load_weights(self._model_dir, self._spec, self._dtype, self._device, kernels)
                 self._decoder = make_decoder(self._spec, weights, *sizes, kernels)
                 sampler = make_sampler(self._spec.vocab, self._spec.hidden, self._device, kernels)
                 scheduler = Scheduler(self._decoder, sampler, memory.saved_bytes)

@@ -8,6 +8,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
@@ -72,9 +75,9 @@ INLINE float sum(vf x) {
     return s[0];
 }
 
-INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+INLINE vf pick(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
-INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
+INLINE vf maximum(vf a, vf b) { return pick(a > b, a, b); }
 
 INLINE float largest(vf x) {
     float best = x[0];
@@ -85,9 +88,9 @@ INLINE float largest(vf x) {
 /* exp, relative error below 2e-7; 0 below -87. Source: Cephes (S. Moshier), expf. */
 INLINE vf exp_(vf x) {
     vi tiny = x < -87.0f;
-    x = select(x > 88.0f, splat(88.0f), select(tiny, splat(-87.0f), x));
+    x = pick(x > 88.0f, splat(88.0f), pick(tiny, splat(-87.0f), x));
     vf scaled = x * 1.44269504088896341f;
-    vi n = __builtin_convertvector(scaled + select(scaled < 0, splat(-0.5f), splat(0.5f)), vi);
+    vi n = __builtin_convertvector(scaled + pick(scaled < 0, splat(-0.5f), splat(0.5f)), vi);
     vf k = __builtin_convertvector(n, vf);
     x = x - k * 0.693359375f;
     x = x - k * -2.12194440e-4f;
@@ -99,7 +102,7 @@ INLINE vf exp_(vf x) {
     p = p * x + 5.0000001201e-1f;
     p = p * x * x + x + 1.0f;
     p = p * (vf)((n + 127) << 23);
-    return select(tiny, splat(0.0f), p);
+    return pick(tiny, splat(0.0f), p);
 }
 
 /* log of positive normal numbers, relative error below 2e-7. Source: Cephes, logf. */
@@ -109,7 +112,7 @@ INLINE vf log_(vf x) {
     vf m = (vf)((bits & 0x007FFFFF) | 0x3F000000); /* [0.5, 1) */
     vi low = m < 0.707106781186547524f;
     e = e + low; /* true is -1 */
-    m = m + select(low, m, splat(0.0f)) - 1.0f;
+    m = m + pick(low, m, splat(0.0f)) - 1.0f;
     vf k = __builtin_convertvector(e, vf), z = m * m;
     vf p = splat(7.0376836292e-2f);
     p = p * m - 1.1514610310e-1f;
@@ -157,14 +160,21 @@ INLINE char *row_of(const void *base, long row, long width, int bf16) {
     return (char *)base + row * width * (bf16 ? 2 : 4);
 }
 
-INLINE void add_norm_(int threads, long rows, long width, float eps, void *x, const void *add, const void *weight,
-                      void *out, int bf16) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * width >= PARALLEL_NUMBERS)
+/* The rows of one array, shared out among the threads of the region this is called in. */
+INLINE void add_norm_rows(long rows, long width, float eps, void *x, const void *add, const void *weight, void *out,
+                          int bf16) {
+#pragma omp for
     for (long row = 0; row < rows; row++) {
         char *at = row_of(x, row, width, bf16);
         if (add) add_row(at, row_of(add, row, width, bf16), width, bf16);
         norm_row(at, weight, row_of(out, row, width, bf16), width, eps, bf16);
     }
+}
+
+INLINE void add_norm_(int threads, long rows, long width, float eps, void *x, const void *add, const void *weight,
+                      void *out, int bf16) {
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows * width >= PARALLEL_NUMBERS)
+    add_norm_rows(rows, width, eps, x, add, weight, out, bf16);
 }
 
 /* x [rows, width] += add (unless NULL); out = x / rms(x) * weight [width]. */
@@ -189,12 +199,17 @@ INLINE void silu_row(const void *gate, const void *up, void *out, long inner, in
     }
 }
 
-INLINE void silu_(int threads, long rows, long inner, const void *gate_up, void *out, int bf16) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * inner >= PARALLEL_NUMBERS)
+INLINE void silu_rows(long rows, long inner, const void *gate_up, void *out, int bf16) {
+#pragma omp for
     for (long row = 0; row < rows; row++) {
         const char *gate = row_of(gate_up, row, 2 * inner, bf16);
         silu_row(gate, row_of(gate, 1, inner, bf16), row_of(out, row, inner, bf16), inner, bf16);
     }
+}
+
+INLINE void silu_(int threads, long rows, long inner, const void *gate_up, void *out, int bf16) {
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows * inner >= PARALLEL_NUMBERS)
+    silu_rows(rows, inner, gate_up, out, bf16);
 }
 
 /* out [rows, inner] = silu(gate) * up, where gate_up is [rows, gate then up]. */
@@ -345,30 +360,35 @@ INLINE void attend_head(const void *q, const char *keys, const char *values, lon
     }
 }
 
-INLINE void attend_(const Shape *s, long rows, char *qkv, const void *q_norm, const void *k_norm,
-                    const int64_t *slots, const int64_t *positions, char *kv, float *scratch, void *out, int bf16) {
-    extern int omp_get_thread_num(void);
+extern int omp_get_thread_num(void);
+
+INLINE void attend_rows(const Shape *s, long rows, char *qkv, const void *q_norm, const void *k_norm,
+                        const int64_t *slots, const int64_t *positions, char *kv, float *scratch, void *out,
+                        int bf16) {
     long dim = s->head_dim, size = bf16 ? 2 : 4, group = s->heads / s->kv_heads;
     long width = (s->heads + 2 * s->kv_heads) * dim;
-#pragma omp parallel num_threads(s->threads) if (s->threads > 1)
-    {
-        float *scores = scratch + omp_get_thread_num() * s->max_context;
+    float *scores = scratch + omp_get_thread_num() * s->max_context;
 #pragma omp for
-        for (long row = 0; row < rows; row++)
-            enter_row(s, row_of(qkv, row, width, bf16), q_norm, k_norm, kv, slots[row], positions[row], bf16);
+    for (long row = 0; row < rows; row++)
+        enter_row(s, row_of(qkv, row, width, bf16), q_norm, k_norm, kv, slots[row], positions[row], bf16);
 #pragma omp for schedule(dynamic, 1)
-        for (long item = 0; item < rows * s->kv_heads; item++) {
-            long row = item / s->kv_heads, head = item % s->kv_heads, position = positions[row];
-            long first = s->window && position >= s->window ? position - s->window + 1 : 0;
-            char *keys = kv + ((slots[row] * 2 * s->kv_heads + head) * s->max_context + first) * dim * size;
-            char *values = keys + s->kv_heads * s->max_context * dim * size;
-            for (long k = 0; k < group; k++) {
-                long query = head * group + k;
-                attend_head(row_of(qkv, row, width, bf16) + query * dim * size, keys, values, position + 1 - first, dim,
-                            scores, row_of(out, row, s->heads * dim, bf16) + query * dim * size, bf16);
-            }
+    for (long item = 0; item < rows * s->kv_heads; item++) {
+        long row = item / s->kv_heads, head = item % s->kv_heads, position = positions[row];
+        long first = s->window && position >= s->window ? position - s->window + 1 : 0;
+        char *keys = kv + ((slots[row] * 2 * s->kv_heads + head) * s->max_context + first) * dim * size;
+        char *values = keys + s->kv_heads * s->max_context * dim * size;
+        for (long k = 0; k < group; k++) {
+            long query = head * group + k;
+            attend_head(row_of(qkv, row, width, bf16) + query * dim * size, keys, values, position + 1 - first, dim,
+                        scores, row_of(out, row, s->heads * dim, bf16) + query * dim * size, bf16);
         }
     }
+}
+
+INLINE void attend_(const Shape *s, long rows, char *qkv, const void *q_norm, const void *k_norm,
+                    const int64_t *slots, const int64_t *positions, char *kv, float *scratch, void *out, int bf16) {
+#pragma omp parallel num_threads(s->threads) if (s->threads > 1)
+    attend_rows(s, rows, qkv, q_norm, k_norm, slots, positions, kv, scratch, out, bf16);
 }
 
 /* Attention of one layer. qkv [rows, query, key and value heads, head_dim] is overwritten; kv is the layer's
@@ -379,6 +399,129 @@ void tally_attend(const Shape *s, long rows, void *qkv, const void *q_norm, cons
     if (s->bf16) attend_(s, rows, qkv, q_norm, k_norm, slots, positions, kv, scratch, out, 1);
     else attend_(s, rows, qkv, q_norm, k_norm, slots, positions, kv, scratch, out, 0);
 }
+
+/* ------------------------------------------------------------------------------------------------------- products */
+
+/* A matrix of bf16 numbers, [out, in], packed: panels of 32 outputs, each [in / 2, 32, 2], so that one instruction
+ * multiplies two inputs into sixteen outputs. Mirrored by kernels.Product. `bias` [out] or NULL. */
+typedef struct {
+    const uint16_t *packed;
+    const uint16_t *bias;
+    long in, out;
+} Product;
+
+enum { PANEL = 2 * LANES, TILE = 12 }; /* 12 rows by 32 outputs fill 24 of 32 registers with sums */
+
+/* Whether there are products here at all: without the instruction torch's are faster. */
+int tally_has_products(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void tally_pack(long in, long out, const uint16_t *weight, uint16_t *packed) {
+    for (long o = 0; o < (out + PANEL - 1) / PANEL * PANEL; o++)
+        for (long i = 0; i < in; i++)
+            packed[(o / PANEL * in / 2 + i / 2) * 2 * PANEL + o % PANEL * 2 + i % 2] = o < out ? weight[o * in + i] : 0;
+}
+
+#ifdef __AVX512BF16__
+/* `rows` rows of x times one panel. Sums run over the inputs in order, whatever `rows` is. `wide`: the result, rounded
+ * to bf16 all the same, is stored as fp32. */
+INLINE void tile(const int rows, const uint16_t *x, long in, const uint16_t *panel, const uint16_t *bias, void *out,
+                 long stride, long count, int wide) {
+    __m512 acc[TILE][2];
+    for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+    for (long i = 0; i < in; i += 2) {
+        __m512bh low = (__m512bh)_mm512_loadu_si512(panel + i * PANEL);
+        __m512bh high = (__m512bh)_mm512_loadu_si512(panel + i * PANEL + PANEL);
+        for (int r = 0; r < rows; r++) {
+            int pair;
+            memcpy(&pair, x + r * in + i, 4);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            acc[r][0] = _mm512_dpbf16_ps(acc[r][0], low, both);
+            acc[r][1] = _mm512_dpbf16_ps(acc[r][1], high, both);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < 2; half++) {
+            uint16_t rounded[LANES];
+            long left = count - half * LANES;
+            if (left <= 0) continue;
+            vf y = (vf)acc[r][half];
+            if (bias) y += left >= LANES ? load(bias, half * LANES, 1) : load_tail(bias, half * LANES, left, 1);
+            store(rounded, 0, y, 1);
+            long n = left < LANES ? left : LANES, at = r * stride + half * LANES;
+            if (!wide) memcpy((uint16_t *)out + at, rounded, (size_t)n * 2);
+            else
+                for (long i = 0; i < n; i++) ((float *)out)[at + i] = load1(rounded, i, 1);
+        }
+}
+
+INLINE void product_rows(const Product *w, long rows, const uint16_t *x, void *out, int wide) {
+    long blocks = (rows + TILE - 1) / TILE, size = blocks ? (rows + blocks - 1) / blocks : 0;
+#pragma omp for
+    for (long panel = 0; panel < (w->out + PANEL - 1) / PANEL; panel++) {
+        const uint16_t *weights = w->packed + panel * w->in * PANEL, *bias = w->bias ? w->bias + panel * PANEL : NULL;
+        long count = w->out - panel * PANEL < PANEL ? w->out - panel * PANEL : PANEL;
+        for (long row = 0; row < rows; row += size) {
+            const uint16_t *from = x + row * w->in;
+            char *to = (char *)out + (row * w->out + panel * PANEL) * (wide ? 4 : 2);
+            switch (rows - row < size ? rows - row : size) {
+#define CASE(n) case n: tile(n, from, w->in, weights, bias, to, w->out, count, wide); break;
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#undef CASE
+            }
+        }
+    }
+}
+
+/* out [rows, out] = x [rows, in] * w' + bias, in bf16, or `wide` as fp32. */
+void tally_product(int threads, const Product *w, long rows, const uint16_t *x, void *out, int wide) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    product_rows(w, rows, x, out, wide);
+}
+
+/* One dense layer. Mirrored by kernels.LayerPointers. */
+typedef struct {
+    const void *input_norm, *q_norm, *k_norm, *mlp_norm;
+    Product qkv, out, gate_up, down;
+    void *kv;
+} Layer;
+
+/* Room for one batch. `x` and `y` [rows, hidden], `wide` [rows, most of qkv and gate_up], `narrow` [rows, most of
+ * attended and gated], `scratch` [threads, max_context] fp32. Mirrored by kernels.Room. */
+typedef struct {
+    void *x, *y, *wide, *narrow;
+    float *scratch;
+} Room;
+
+/* A whole forward of a dense model in bf16: rows of embed [vocab, hidden] in, final-normed hidden states in room.y. */
+void tally_forward(const Shape *s, const Layer *layers, long count, long hidden, const void *embed, const void *norm,
+                   long rows, const int64_t *ids, const int64_t *slots, const int64_t *positions, const Room *room) {
+#pragma omp parallel num_threads(s->threads) if (s->threads > 1)
+    {
+        void *x = room->x, *y = room->y, *wide = room->wide, *narrow = room->narrow, *add = NULL;
+#pragma omp for
+        for (long row = 0; row < rows; row++)
+            memcpy(row_of(x, row, hidden, 1), row_of(embed, ids[row], hidden, 1), (size_t)hidden * 2);
+        for (const Layer *l = layers; l < layers + count; l++) {
+            add_norm_rows(rows, hidden, s->eps, x, add, l->input_norm, y, 1);
+            product_rows(&l->qkv, rows, y, wide, 0);
+            attend_rows(s, rows, wide, l->q_norm, l->k_norm, slots, positions, l->kv, room->scratch, narrow, 1);
+            product_rows(&l->out, rows, narrow, y, 0);
+            add_norm_rows(rows, hidden, s->eps, x, y, l->mlp_norm, y, 1);
+            product_rows(&l->gate_up, rows, y, wide, 0);
+            silu_rows(rows, l->down.in, wide, narrow, 1);
+            product_rows(&l->down, rows, narrow, y, 0);
+            add = y;
+        }
+        add_norm_rows(rows, hidden, s->eps, x, add, norm, y, 1);
+    }
+}
+#endif
 
 /* ------------------------------------------------------------------------------------------------------- sampling */
 
@@ -395,10 +538,10 @@ INLINE vf gumbel(long first, uint32_t k0, uint32_t k1) {
     const vu lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     vu word = mix(mix((lanes + (uint32_t)first) ^ k0) + k1);
     vf v = __builtin_convertvector(word, vf) * 0x1p-32f + 0x1p-33f;
-    v = select(v > 0x1.fffffep-1f, splat(0x1.fffffep-1f), v);
+    v = pick(v > 0x1.fffffep-1f, splat(0x1.fffffep-1f), v);
     vf u = 1.0f - v; /* -log(1 - v) by Kahan's correction, which keeps the digits of a small v */
     vi same = u == 1.0f;
-    vf e = select(same, v, log_(u) * v / (u - select(same, splat(2.0f), splat(1.0f))));
+    vf e = pick(same, v, log_(u) * v / (u - pick(same, splat(2.0f), splat(1.0f))));
     return -log_(e);
 }
 
@@ -410,7 +553,7 @@ typedef struct {
 
 INLINE void offer(Best *best, vf value, vi id) {
     vi more = value > best->value;
-    best->value = select(more, value, best->value);
+    best->value = pick(more, value, best->value);
     best->id = (more & id) | (~more & best->id);
 }
 
@@ -443,7 +586,7 @@ static long best_score(const float *logits, long vocab, float temperature, const
     for (long i = 0; i < vocab; i += LANES) {
         vf x = some(logits, i, vocab);
         vf y = temperature > 0 ? x + temperature * gumbel(i, keys[0], keys[1]) : x;
-        offer(&best, select(x > edge, y, splat(-INFINITY)), lanes + (int32_t)i);
+        offer(&best, pick(x > edge, y, splat(-INFINITY)), lanes + (int32_t)i);
     }
     return winner(&best);
 }
@@ -465,7 +608,7 @@ static int outside(const float *logits, long vocab, float edge, float scale, dou
         vf x = some(logits, i, vocab);
         vi above = x > edge;
         count -= above;
-        acc += select(above, exp_(x * scale - (float)total), splat(0.0f));
+        acc += pick(above, exp_(x * scale - (float)total), splat(0.0f));
     }
     long larger = 0;
     for (int i = 0; i < LANES; i++) larger += count[i];

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +36,9 @@ hold up a start."""
 
 MAX_HEAD_DIM: Final = 1024
 """Widest attention head the kernels hold in their buffer. Unit: numbers. Widest in use today is 256."""
+
+PANEL: Final = 32
+"""Outputs of one panel of a packed matrix, as in kernels.c."""
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 
@@ -58,6 +62,37 @@ class _Shape(ctypes.Structure):
         ("cos", _P),
         ("sin", _P),
     ]
+
+
+class _Product(ctypes.Structure):
+    """Mirror of Product in kernels.c."""
+
+    _fields_ = [("packed", _P), ("bias", _P), ("inputs", _L), ("outputs", _L)]
+
+
+class _Layer(ctypes.Structure):
+    """Mirror of Layer in kernels.c."""
+
+    _fields_ = [
+        *((name, _P) for name in ("input_norm", "q_norm", "k_norm", "mlp_norm")),
+        *((name, _Product) for name in ("qkv", "out", "gate_up", "down")),
+        ("kv", _P),
+    ]
+
+
+class _Room(ctypes.Structure):
+    """Mirror of Room in kernels.c."""
+
+    _fields_ = [("x", _P), ("y", _P), ("wide", _P), ("narrow", _P), ("scratch", _P)]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLayer:
+    """One layer of a dense model as the whole-forward kernel reads it. `kv`: address of the layer's KV."""
+
+    norms: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]  # input, query, key, MLP
+    products: tuple[Product, Product, Product, Product]  # qkv, out, gate_up, down
+    kv: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +188,32 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+class Product:
+    """One packed matrix with its bias: x -> x @ weight.T + bias, a row the same bits whatever the others are."""
+
+    __slots__ = ("_bias", "_kernels", "_packed", "outputs", "struct")
+
+    def __init__(
+        self, kernels: Kernels, packed: torch.Tensor, bias: torch.Tensor | None, inputs: int, outputs: int
+    ) -> None:
+        self._kernels, self._packed, self._bias, self.outputs = kernels, packed, bias, outputs
+        self.struct = _Product(packed.data_ptr(), _address(bias), inputs, outputs)
+
+    def __call__(self, x: torch.Tensor, wide: bool = False) -> torch.Tensor:
+        """[rows, in] bf16 -> [rows, out] bf16; `wide`: the same numbers in fp32."""
+        return self._kernels.multiply(self, x, wide)
+
+
+def dense_layers(layers: Sequence[DenseLayer]) -> Any:
+    """What `Kernels.forward` reads. The tensors in `layers` must outlive it."""
+    made = (_Layer * len(layers))()
+    for struct, layer in zip(made, layers, strict=True):
+        struct.input_norm, struct.q_norm, struct.k_norm, struct.mlp_norm = map(_address, layer.norms)
+        struct.qkv, struct.out, struct.gate_up, struct.down = (product.struct for product in layer.products)
+        struct.kv = layer.kv
+    return made
+
+
 class Kernels:
     """The loaded library, for tensors on the CPU in one dtype. Calls check nothing: callers own shapes and layouts.
 
@@ -174,6 +235,11 @@ class Kernels:
         self._choose = _declared(free.tally_choose, _I, _L, _L, _P, _P, _P, _P, _P, _P)
         self._fingerprint = _declared(free.tally_fingerprint, _I, _I, _L, _L, _L, _P, _P, _P, _P, _P)
         self._scratch = torch.empty(0)
+        self.multiplies = dtype is torch.bfloat16 and bool(free.tally_has_products())
+        if self.multiplies:
+            self._pack = _declared(free.tally_pack, _L, _L, _P, _P)
+            self._product = _declared(free.tally_product, _I, _P, _L, _P, _P, _I)
+            self._forward = _declared(free.tally_forward, *(_P, _P, _L, _L, _P, _P, _L, _P, _P, _P, _P))
 
     @property
     def threads(self) -> int:
@@ -239,6 +305,38 @@ class Kernels:
             self._scratch.data_ptr(),
             out.data_ptr(),
         )
+        return out
+
+    def product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """Pack a matrix [out, in] bf16, `in` even. Only where `multiplies` is true."""
+        outputs, inputs = weight.shape
+        packed = torch.empty((-(-outputs // PANEL) * PANEL, inputs), dtype=weight.dtype)
+        self._pack(inputs, outputs, weight.contiguous().data_ptr(), packed.data_ptr())
+        return Product(self, packed, bias, inputs, outputs)
+
+    def multiply(self, product: Product, x: torch.Tensor, wide: bool) -> torch.Tensor:
+        """[rows, in] bf16 -> [rows, out], bf16 or the same numbers in fp32."""
+        rows, x = x.shape[0], x.contiguous()
+        out = torch.empty((rows, product.outputs), dtype=torch.float32 if wide else torch.bfloat16)
+        self._product(self._threads, ctypes.byref(product.struct), rows, x.data_ptr(), out.data_ptr(), wide)
+        return out
+
+    def forward(
+        self, shape: Any, layers: Any, embed: torch.Tensor, norm: torch.Tensor, packed: torch.Tensor, width: int
+    ) -> torch.Tensor:
+        """A dense model over `packed`, [3, rows] int64 of token ids, slots and positions: [rows, hidden] bf16.
+
+        `layers`: from `dense_layers`. `width`: numbers a row takes in the widest array between two products.
+        """
+        rows, hidden, at = packed.shape[1], norm.shape[0], packed.data_ptr()
+        x, out = embed.new_empty((rows, hidden)), embed.new_empty((rows, hidden))
+        between = embed.new_empty((2, rows, width))
+        middle = between.data_ptr()
+        step = middle + 2 * rows * width
+        room = _Room(x.data_ptr(), out.data_ptr(), middle, step, self._scratch.data_ptr())
+        places = (at, at + 8 * rows, at + 16 * rows)
+        given = (len(layers), hidden, embed.data_ptr(), norm.data_ptr(), rows)
+        self._forward(ctypes.byref(shape), layers, *given, *places, ctypes.byref(room))
         return out
 
     def choose(self, logits: torch.Tensor, parameters: DrawArrays) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from node.engine.compiled import CompiledDecoder, kernels_for, make_decoder
 from node.engine.decoder import Batch, Decoder, Segment
 from node.engine.kernels import Kernels, KernelsUnavailable, build, default_cache
 from node.engine.spec import ModelError, load_spec
-from node.engine.weights import TORCH_DTYPES, load_weights
+from node.engine.weights import TORCH_DTYPES, Linear, load_weights
 from tests.node.engine import models
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def decoder(directory: Path, dtype: str = "fp32", compiled: bool = True, threads
     spec = load_spec(directory)
     with torch.inference_mode():
         found = Kernels(build(default_cache()), TORCH_DTYPES[dtype], threads) if compiled else None
-        return make_decoder(spec, load_weights(directory, spec, dtype, CPU), SLOTS, CONTEXT, 0, found)
+        return make_decoder(spec, load_weights(directory, spec, dtype, CPU, found), SLOTS, CONTEXT, 0, found)
 
 
 def prefill(run: Decoder, ids: tuple[int, ...], slot: int = 0) -> torch.Tensor:
@@ -117,11 +118,43 @@ def test_two_threads_compute_the_same_bits(dtype: str, model_dir: Callable[[str]
     assert torch.equal(prefill(one, text(4, 100)), prefill(two, text(4, 100)))
 
 
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 2, 1), (5, 34, 31), (12, 64, 32), (40, 96, 100)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_are_those_of_torch(rows: int, inputs: int, outputs: int, biased: bool) -> None:
+    """Sums in fp32, rounded to bf16 once; and each row as if it were alone."""
+    found = Kernels(build(default_cache()), torch.bfloat16, 1)
+    if not found.multiplies:
+        pytest.skip("this processor has no bf16 products")
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inputs, generator=generator).bfloat16()
+    weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    bias = torch.randn(outputs, generator=generator).bfloat16() if biased else None
+    linear = Linear(weight, bias, found)
+    expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    assert torch.allclose(linear(x).float(), expected, rtol=2**-8, atol=1e-4)
+    assert torch.equal(linear.wide(x), linear(x).float())
+    assert all(torch.equal(linear(x[i : i + 1])[0], linear(x)[i]) for i in range(rows))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["shipped", "qwen2", "qwen3", "mistral-window", "llama-bias"])
+def test_compiled_bf16_is_as_near_to_fp32_as_torch_is(name: str, dtype: str, model_dir: Callable[[str], Path]) -> None:
+    """Both round; neither may be the worse by more than chance."""
+    ids = text(8, 100)
+    exact = prefill(decoder(model_dir(name), "fp32", compiled=False), ids)
+    errors = [
+        float((prefill(decoder(model_dir(name), dtype, compiled=flag), ids).float() - exact).pow(2).mean().sqrt())
+        for flag in (True, False)
+    ]
+    assert errors[0] <= 1.2 * errors[1] + 1e-5
+
+
 @pytest.mark.parametrize("sizes", [{"head_dim": 20}, {"head_dim": 72}, {"hidden_size": 54, "intermediate_size": 37}])
-def test_sizes_that_fill_no_vector(sizes: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "near"), [("fp32", 1e-4), ("bf16", 0.2)])
+def test_sizes_that_fill_no_vector(sizes: dict[str, int], dtype: str, near: float, tmp_path: Path) -> None:
     directory = models.save("llama", tmp_path / "odd", **sizes)
-    got, expected = (prefill(decoder(directory, compiled=flag), text(1, 60)) for flag in (True, False))
-    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+    got, expected = (prefill(decoder(directory, dtype, compiled=flag), text(1, 60)) for flag in (True, False))
+    assert torch.allclose(got, expected, rtol=near, atol=near)
 
 
 def test_a_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
