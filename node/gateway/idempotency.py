@@ -25,6 +25,9 @@ from node.ports import Clock
 
 _LOG: Final = logging.getLogger(__name__)
 
+EXPIRY_S: Final = 1.0
+"""How often kept answers are looked through for those whose time is over. Unit: s. They are kept for an hour."""
+
 Produce = Callable[[], AsyncGenerator[Part, None]]
 
 
@@ -83,6 +86,9 @@ class Exchanges:
         self._clock = clock
         self._limits = limits
         self._held: OrderedDict[tuple[str, str], _Exchange] = OrderedDict()
+        self._running = 0
+        self._bytes = 0
+        self._expires_next = 0.0
 
     async def follow(self, key: RequestKey, produce: Produce) -> AsyncGenerator[Part, None]:
         """The answer to `key`'s request, made by `produce` unless it exists. Raises: ApiError."""
@@ -120,6 +126,7 @@ class Exchanges:
         tasks = [task for item in self._held.values() for task in (item.grace, item.recorder) if task is not None]
         await end(*tasks)
         self._held.clear()
+        self._bytes = 0
 
     def _open(self, key: RequestKey, produce: Produce) -> _Exchange:
         self._expire()
@@ -133,9 +140,9 @@ class Exchanges:
                 said = "The answer to this Idempotency-Key was too large to keep, and was paid. Use a new key."
                 raise ApiError(409, "invalid_request_error", "answer_not_kept", said, "Idempotency-Key", retry=False)
             return found
-        running = sum(not item.done for item in self._held.values())
-        if running >= self._limits.jobs:
-            raise too_busy(f"This gateway already runs {running} jobs. Nothing was sent or paid.")
+        if self._running >= self._limits.jobs:
+            raise too_busy(f"This gateway already runs {self._running} jobs. Nothing was sent or paid.")
+        self._running += 1
         exchange = self._held[place] = _Exchange(key.fingerprint)
         exchange.recorder = asyncio.ensure_future(self._record(place, exchange, produce()))
         return exchange
@@ -161,9 +168,10 @@ class Exchanges:
             exchange.failure, paid = INTERNAL, True
         finally:
             exchange.done = True
+            self._running -= 1
             exchange.expires = self._clock.monotonic() + self._limits.replay_s
             if exchange.failure is not None and not paid and self._held.get(place) is exchange:
-                del self._held[place]
+                self._drop(place)
             async with exchange.changed:
                 exchange.changed.notify_all()
             self._bound()
@@ -173,6 +181,7 @@ class Exchanges:
         async with exchange.changed:
             exchange.parts.append(part)
             exchange.size += _size(part)
+            self._bytes += _size(part)
             if exchange.size > limit:
                 exchange.replayable = False
                 exchange.trim()
@@ -189,17 +198,25 @@ class Exchanges:
             exchange.recorder.cancel()
 
     def _expire(self) -> None:
+        """Forget answers whose time is over. Looks once in EXPIRY_S: a batch leaves tens of thousands of them."""
         now = self._clock.monotonic()
+        if now < self._expires_next:
+            return
+        self._expires_next = now + EXPIRY_S
         for place in [place for place, item in self._held.items() if item.done and item.expires <= now]:
-            del self._held[place]
+            self._drop(place)
 
     def _bound(self) -> None:
         """Drop the oldest finished answers until the rest fit."""
-        total = sum(item.size for item in self._held.values())
+        if self._bytes <= self._limits.replay_bytes:
+            return
         for place in [place for place, item in self._held.items() if item.done and not item.readers]:
-            if total <= self._limits.replay_bytes:
+            self._drop(place)
+            if self._bytes <= self._limits.replay_bytes // 8 * 7:  # room for more, so that few answers pay for the look
                 return
-            total -= self._held.pop(place).size
+
+    def _drop(self, place: tuple[str, str]) -> None:
+        self._bytes -= self._held.pop(place).size
 
 
 def _size(part: Part) -> int:
