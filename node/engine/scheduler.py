@@ -15,7 +15,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 
@@ -39,6 +39,8 @@ it doubles how long a long prompt holds up everybody else's next token."""
 MIN_PREFILL_TOKENS: Final = 16
 """Where halving PREFILL_TOKENS for want of memory ends; it grows back by one a step. Unit: tokens. At half of it a
 prompt takes twice as many steps to save memory that is small beside one stream's keys and values."""
+
+_T = TypeVar("_T")
 
 Outcome = tuple[Generation, EngineToken | bytes | EngineError]
 """What a step gave a stream: a token, the vector of an embedding, or why the stream cannot go on."""
@@ -184,7 +186,8 @@ class Scheduler:
         size = stream.fed * self._decoder.kv.token_bytes
         self._keep(stream)
         if 0 < size <= self._saved_room:
-            stream.saved = self._decoder.kv.save(stream.slot, stream.fed)
+            stream.saved = _if_memory_lasts(lambda: self._decoder.kv.save(stream.slot, stream.fed))
+        if stream.saved is not None:
             self._saved_room -= stream.saved.bytes
         else:
             stream.forget()
@@ -227,14 +230,18 @@ class Scheduler:
             if self._read_by_others(stream) > self._cache.count(stream.heads, limit):
                 return False
             blocks = self._cache.find(stream.heads, limit)
-            self._decoder.kv.load_blocks(stream.slot, blocks)
-            stream.fed = len(blocks) * BLOCK_TOKENS
+            stream.fed = _if_memory_lasts(lambda: self._load(stream, blocks)) or 0
         stream.begun = True
         if stream.cached < 0:
             stream.cached = stream.fed
             self.prompt_total += len(stream.request.prompt)
             self.cached_total += stream.cached
         return True
+
+    def _load(self, stream: Generation, blocks: list[int]) -> int:
+        """Copy a prefix from the cache; how many tokens."""
+        self._decoder.kv.load_blocks(stream.slot, blocks)
+        return len(blocks) * BLOCK_TOKENS
 
     def _read_by_others(self, stream: Generation) -> int:
         """Blocks that a stream no less urgent, reading now, will leave in the cache for this one."""
@@ -411,6 +418,16 @@ class Scheduler:
 def out_of_memory(exc: BaseException) -> bool:
     """Whether torch, on any device, or Python could not get memory. CPU allocations fail as plain RuntimeErrors."""
     return isinstance(exc, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(exc)
+
+
+def _if_memory_lasts(copy: Callable[[], _T]) -> _T | None:
+    """What a copy gave that can be done without; None when there was no memory for it."""
+    try:
+        return copy()
+    except (RuntimeError, MemoryError) as exc:
+        if not out_of_memory(exc):
+            raise
+        return None
 
 
 def _routing(routing: torch.Tensor | None, rows: int) -> list[bytes]:

@@ -77,6 +77,28 @@ def test_what_fits_nowhere_ends_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch)
     assert lab.scheduler.active == 0
 
 
+def test_copies_that_find_no_memory_are_done_without(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hit, or a displaced stream computed again: slower, and the same tokens."""
+    request, urgent = ask(1, 100, 20, salt=PAYER, urgency=Urgency.FLEX), [ask(number, 9, 5) for number in (2, 3, 4)]
+    expected = lab.run(request)
+
+    def no_memory(*args: object) -> None:
+        raise FAILURES[1]
+
+    monkeypatch.setattr(lab.decoder.kv, "load_blocks", no_memory)
+    monkeypatch.setattr(lab.decoder.kv, "save", no_memory)
+    stream = lab.submit(request)
+    lab.step()
+    for other in urgent:
+        lab.submit(other)
+    lab.step()
+    assert (stream.slot, stream.saved, stream.fed) == (-1, None, 0)
+    lab.drain()
+    assert lab.text(stream) == expected
+    assert lab.tokens[stream][0].cached_tokens == 0
+    assert lab.scheduler._saved_room == lab._saved_bytes
+
+
 async def test_the_engine_delivers_the_error_to_its_stream_alone(
     start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
