@@ -83,18 +83,11 @@ def run(
         client__gateway_port=0,
     )
     session.log(config, serving=False)
-    body: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    body |= {"service_tier": tier, "min_tokens": min_tokens, "response_format": _format(json_schema)}
-    terms = {"reservation": reservation, "private": private or None}
-    body |= {"x_tally": {name: value for name, value in terms.items() if value is not None} or None}
-    body = {name: value for name, value in body.items() if value is not None}
-    if raw:
-        ask = Ask("completions", {**body, "prompt": text, "logprobs": 0})
-    else:
-        messages = [{"role": "system", "content": system}] if system else []
-        ask = Ask(
-            "chat/completions", {**body, "messages": [*messages, {"role": "user", "content": text}], "logprobs": True}
-        )
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "min_tokens": min_tokens}
+    terms = {"tier": tier, "reservation": reservation, "private": private or None}
+    body = {"model": model, **sampling, "response_format": _format(json_schema), "x_tally": _given(terms)}
+    path, prompted = _asked(text, system, raw=raw)
+    ask = Ask(path, {**_given(body), **prompted})
     screen = screen_for(quiet=as_json or not stream)
     stop = Stop("cancelling: paying for what was delivered")
     answer = run_to_end(one_shot(session, config, ask, screen, own_price=max_price is not None), stop)
@@ -104,6 +97,19 @@ def run(
         click.echo("".join(answer.text))
     if not as_json:
         click.echo(summary(answer), err=True)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _asked(text: str, system: str | None, *, raw: bool) -> tuple[str, dict[str, Any]]:
+    """The endpoint, and the prompt as it takes it. Logprobs are asked for because they tell tokens from text."""
+    if raw:
+        return "completions", {"prompt": text, "logprobs": 0}
+    messages = [{"role": "system", "content": system}] if system else []
+    return "chat/completions", {"messages": [*messages, {"role": "user", "content": text}], "logprobs": True}
 
 
 def _format(schema: Path | None) -> dict[str, Any] | None:
