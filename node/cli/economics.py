@@ -123,9 +123,12 @@ def _lines(own: EconomicsConfig, machine: Machine, activity: Activity, found: Ec
     def paid(amount: int | None) -> str:
         return "not known" if amount is None else f"{_decimal(amount)} {own.currency}"
 
-    hours = activity.period_ms // 360_000
+    def each(amount: int | None) -> str:
+        return "" if amount is None else f", {paid(amount)} an STE"
+
+    seconds = activity.period_ms // 1000
     lines = [
-        f"period        {hours // 10}.{hours % 10} h"
+        f"period        {seconds // 3600} h {seconds % 3600 // 60:02} min"
         + ("" if whole else "; older jobs than the newest 100,000 were not looked at"),
         f"jobs          {activity.jobs}",
         f"tokens        {activity.prompt_tokens} prompt ({_percent(found.cached_bps)} cache hits), "
@@ -133,15 +136,15 @@ def _lines(own: EconomicsConfig, machine: Machine, activity: Activity, found: Ec
         f"work          {_decimal(activity.ste_micro * (PICO // 10**6))} STE",
         f"busy          {_percent(found.busy_bps)} of the time, {_percent(found.slots_bps)} of the slots",
         f"revenue       {money.amount(activity.revenue)}, {_per_ste(found.revenue_per_ste_wei)}",
-        f"energy        {paid(found.energy)}, {paid(found.energy_per_ste)} an STE",
-        f"depreciation  {paid(found.depreciation)}, {paid(found.depreciation_per_ste)} an STE",
+        f"energy        {paid(found.energy)}{each(found.energy_per_ste)}",
+        f"depreciation  {paid(found.depreciation)}{each(found.depreciation_per_ste)}",
         f"cost          {paid(found.cost)}",
         f"protocol fee  {_percent(found.fee_bps)} of what was settled so far; "
         f"gas {money.tally(activity.gas_wei)} of the chain's coin in all",
     ]
     if not machine.tally_rate:
         return [*lines, "break-even    set economics.tally_rate (what one TALLY is worth) to compare revenue and cost"]
-    lines.append(f"break-even    {_per_ste(found.break_even_wei)}, fee included")
+    lines.append(f"break-even    {_per_ste(found.break_even_wei)}" + (", fee included" if found.break_even_wei else ""))
     if found.price_bps is not None:
         lines.append(f"              that is {_percent(found.price_bps)} of the price obtained")
     return [

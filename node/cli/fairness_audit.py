@@ -223,7 +223,7 @@ def _difference_json(item: Difference) -> dict[str, Any]:
 def text(found: Audit, proofs: Mapping[int, str]) -> str:
     """The report as it is read."""
     lines = [
-        f"audited    {found.jobs} jobs, {found.receipts} receipts, {found.payers} payers, {found.providers} providers",
+        f"audited    jobs {found.jobs}, receipts {found.receipts}, payers {found.payers}, providers {found.providers}",
     ]
     if found.dropped:
         lines.append(f"dropped    {found.dropped} receipts whose signature is not of the node key beside them")
@@ -236,9 +236,9 @@ def text(found: Audit, proofs: Mapping[int, str]) -> str:
         lines.append(
             f"  FAULT    {item.finding.fault.value}, job {_short(item.job_id)}: {item.finding.detail}; {where}"
         )
-    lines.append("channels")
-    head = ("  PROVIDER", "CLIENT", ">JOBS", ">RECEIPTED", ">VOUCHED", ">CLAIMED", "BOOKS")
-    lines.append(table(head, [_channel_cells(books) for books in found.channels]))
+    head = ("channels", "PROVIDER", "CLIENT", ">JOBS", ">RECEIPTED", ">VOUCHED", ">CLAIMED", "BOOKS")
+    if found.channels:
+        lines.append(table(head, [("", *_channel_cells(books)) for books in found.channels]))
     for root, gap in found.gaps:
         said = "closes: exactly these receipts" if gap.closed else _gap_text(gap)
         lines.append(f"root       epoch {root.commitment.epoch} of {_short(root.commitment.provider)} {said}")
@@ -259,7 +259,7 @@ def _channel_cells(books: ChannelBooks) -> tuple[str, ...]:
     )
     told = [f"{money.tally(amount)} {what}" for amount, what in problems if amount]
     return (
-        "  " + _short(books.key.provider),
+        _short(books.key.provider),
         _short(books.key.client),
         str(books.jobs),
         money.tally(books.receipted),

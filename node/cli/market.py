@@ -99,7 +99,8 @@ def market(
     equivalent (16e9 operations). MIX: per million tokens, three read to one written. /MB: per megabyte of reference
     text in that mix, by the offer's own tokenizer. JOB: the job of --job or --prompt. `-`: the tier is not offered or
     the job does not fit; `?`: not known; `~`: counted with another offer's tokenizer. Sheets of outside platforms stand
-    in the same table, in their own currency unless a rate is configured.
+    in the same table, in their own currency unless a rate is configured. Compared figures are rounded up to six digits;
+    --json has them whole.
 
     Uses the gateway that runs in this home, else asks the bootstrap peers itself.
 
@@ -242,7 +243,7 @@ def _cells(row: Row, priced: bool) -> tuple[str, ...]:
     def figure(amount: int | None, *, counted: bool = False) -> str:
         if amount is None:
             return "-" if prices is None else "?"
-        return ("~" if counted and row.estimated else "") + money.tally(amount)
+        return ("~" if counted and row.estimated else "") + money.rounded_up(amount)
 
     job = "-" if row.too_long else figure(row.job, counted=True)
     return (

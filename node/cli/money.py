@@ -1,4 +1,4 @@
-"""Amounts as people read them: exact TALLY, trailing zeros trimmed, never rounded and never through a float."""
+"""Amounts as people read them: exact TALLY, trailing zeros trimmed, never through a float; rounded only by name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def tally(wei: int) -> str:
 def amount(wei: int) -> str:
     """`1.5 TALLY`."""
     return f"{tally(wei)} TALLY"
+
+
+def rounded_up(wei: int, digits: int = 6) -> str:
+    """For columns to compare by: at most so many significant digits, rounded up. `94753466872110940` -> `0.0947535`."""
+    step = 10 ** max(0, len(str(wei)) - digits)
+    return tally(-(-wei // step) * step)
 
 
 def per_million(wei_per_token: int) -> str:

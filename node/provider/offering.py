@@ -99,6 +99,7 @@ class Offering:
         self._tariffs: dict[Digest, tuple[Tariff, bytes]] = {}
         self._base = BasePrice(engine, store, clock, self._slot("base"))
         self._base_offered: int | None = None
+        self._tariff_offered: Digest | None = None
         self._renewing = asyncio.Lock()
         self._numbering = asyncio.Lock()
 
@@ -259,14 +260,16 @@ class Offering:
         self._tariffs[tariff_hash] = (tariff, signature)
 
     async def base_moved(self) -> bool:
-        """Look at the engine's load; whether this epoch's base multiplier is another than the offer's.
+        """Look at the engine's load; whether this epoch's base multiplier, or the tariff in force, is another than the
+        offer's.
 
         Call every `SAMPLE_S` seconds, and renew the offer when it is. Raises: StoreError.
         """
         newest = self._newest()
         if newest is None:
             return False
-        return (await self._base.current(newest[1])).base != self._base_offered
+        base = (await self._base.current(newest[1])).base
+        return (newest[0], base) != (self._tariff_offered, self._base_offered)
 
     def _newest(self) -> tuple[Digest, Tariff, bytes] | None:
         """The tariff that offers are made under now: its hash, itself, its signature."""
@@ -325,5 +328,5 @@ class Offering:
             region=self._texts.region,
         )
         self._base.offered(step.base, offer.expires_at)
-        self._base_offered = step.base
+        self._base_offered, self._tariff_offered = step.base, tariff_hash
         await self._directory.announce(envelope)

@@ -72,17 +72,21 @@ async def test_a_running_provider_goes_over_to_a_logged_sheet() -> None:
         keys = await registered(market)
         seller = await market.seller(keys=keys)
         offering = seller.provider.offering
-        dearer = await offering.claim(replace(own(keys[0], completion_price=7 * 10**11), sequence=0), 1)
+        start = market.clock.now_ms() // 1000 + 60
+        ahead = {"valid_from": start, "valid_until": start + 90 * DAY, "sequence": 0}
+        dearer = await offering.claim(own(keys[0], completion_price=7 * 10**11, **ahead), 1)
         assert dearer.sequence == 2
         with pytest.raises(TariffElsewhere, match="not in the chain's log"):
             await offering.adopt(dearer)
         tariff_hash = await logged(market, keys, dearer)
         await tariff_routes(offering)["tariff_adopt"]({"tariff": document_json(dearer)})
         assert tariff_hash in offering.terms().tariffs and len(offering.terms().tariffs) == 2
-        market.clock.ahead_s += 3
+        assert not await offering.base_moved()
+        market.clock.ahead_s += 61
+        assert await offering.base_moved()
         await offering.prepare_tariff()
         await offering.renew()
-        assert len(market.world.head.state.tariffs) == 2
+        assert len(market.world.head.state.tariffs) == 2 and not await offering.base_moved()
         buyer = await market.buyer()
         _, done, _ = await run(buyer, spec(32))
         assert done.cost == 4 * 10**10 + 32 * 7 * 10**11

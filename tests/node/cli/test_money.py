@@ -21,6 +21,21 @@ def test_examples(wei: int, text: str) -> None:
     assert money.tally(wei) == text
 
 
+@pytest.mark.parametrize(
+    ("wei", "text"),
+    [(0, "0"), (94_753_466_872_110_940, "0.0947535"), (10**18 + 1, "1.00001"), (999_999_900, "0.000000001")],
+)
+def test_compared_figures_are_rounded_up(wei: int, text: str) -> None:
+    assert money.rounded_up(wei) == text
+
+
+@given(st.integers(0, (1 << 96) - 1))
+def test_rounding_up_is_close_and_never_down(wei: int) -> None:
+    with localcontext(prec=60):
+        shown = Decimal(money.rounded_up(wei)) * 10**18
+        assert wei <= shown <= wei + wei * Decimal("0.00001")
+
+
 @given(st.integers(0, (1 << 96) - 1))
 def test_what_is_printed_is_exact(wei: int) -> None:
     text = money.tally(wei)
