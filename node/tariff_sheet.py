@@ -357,4 +357,3 @@ def served_tariff(path: Path, wallet: Address, profile_id: Digest) -> Tariff:
         if named not in (ours, UNFILLED[key]):
             raise TariffSheetError(key, f"is 0x{named.hex()}, and this node serves as 0x{ours.hex()}")
     return replace(tariff, provider=wallet, profile_id=profile_id)
-

@@ -68,9 +68,7 @@ def test_a_day_worked_out_by_hand() -> None:
 
 
 @given(machines, activities())
-def test_the_break_even_price_covers_the_cost_and_a_wei_less_does_not(
-    machine: Machine, done: Activity
-) -> None:
+def test_the_break_even_price_covers_the_cost_and_a_wei_less_does_not(machine: Machine, done: Activity) -> None:
     found = economics(machine, done)
     assert found.break_even_wei is not None
     kept = Fraction(machine.tally_rate * (BPS - found.fee_bps), BPS * WEI_PER_TALLY)
