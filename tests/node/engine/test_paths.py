@@ -155,7 +155,7 @@ def check_many(directory: Path, compiled: str, examples: int) -> None:
     assert min(seen["hit"], seen["saved"], seen["computed again"]) > 0, seen
 
 
-@pytest.mark.parametrize(("name", "compiled"), [*((name, "off") for name in MODELS), ("llama", "auto")])
+@pytest.mark.parametrize(("name", "compiled"), [("llama", "auto"), ("mistral-window", "off"), ("qwen3-moe", "off")])
 def test_every_path_gives_the_tokens_of_the_plain_forward(
     name: str, compiled: str, model_dir: Callable[[str], Path]
 ) -> None:
