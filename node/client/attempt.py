@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,6 +20,7 @@ from msgspec import structs
 from incentives.ledger import AckSigned, JobClosed, JobOpened, Role
 from node.client.accounts import Accounts
 from node.client.prefixes import Prefixes
+from node.client.vectors import check_vector
 from node.crashpoints import crash_point, declare
 from node.jobstream import JobStream
 from node.ports import (
@@ -60,7 +62,7 @@ from protocol.frames import (
     decode_vector,
 )
 from protocol.messages import Accept, JobRequest, ReceiptAck, WorkReceipt
-from protocol.metering import opens_reasoning
+from protocol.metering import Reasoning, opens_reasoning
 from protocol.offers import CheckedOffer
 from protocol.options import JobOptions, encode_options, options_hash
 from protocol.packing import pack, unpack
@@ -143,6 +145,7 @@ class Attempt:
         self._work: Work | None = None
         self._request: JobRequest | None = None
         self._paid = Wei(0)
+        self._dimensions = spec.options.dimensions  # of every vector; 0 until the first shows what "all" is
         self._accepted_seen = 0
         self._cancel_sent = False
         self._promised = Wei(0)  # the last voucher of this attempt, cumulative
@@ -233,7 +236,7 @@ class Attempt:
         return structs.replace(
             self._spec.options,
             continued=written,
-            reasoning_open=opens_reasoning(self._card.profile, prompt),
+            reasoning_open=self._spec.kind is not JobKind.EMBED and opens_reasoning(self._card.profile, prompt),
         )
 
     def _cache_salt(self) -> bytes:
@@ -311,6 +314,12 @@ class Attempt:
         """What is owed for this attempt: its last vouched receipt, in wei."""
         return self._paid
 
+    def reasoning_of(self, output: Sequence[int]) -> int:
+        """How many of the stream's output tokens lie in reasoning blocks, whoever wrote them."""
+        profile = self._card.profile
+        opened = opens_reasoning(profile, self._spec.prompt)
+        return Reasoning(profile.reasoning_start, profile.reasoning_end, opened).take(output).tokens
+
     @property
     def job_id(self) -> JobId:
         """Valid once `agree` returned."""
@@ -365,10 +374,9 @@ class Attempt:
     def _on_vector(self, sealed: bytes) -> JobVectors:
         assert self._work is not None and self._sealed is not None
         batch = decode_vector(self._sealed.unseal(sealed))
-        wanted = self._spec.options.dimensions
-        if wanted and len(batch.vector) != 4 * wanted:
-            raise RemoteProtocolError(f"a vector of {len(batch.vector) // 4} dimensions where {wanted} were asked for")
+        check_vector(batch.vector, self._dimensions)
         self._work = self._work.take_vector(batch.index, batch.vector, self.talk.received_at)
+        self._dimensions = len(batch.vector) // 4
         return JobVectors((batch.vector,))
 
     async def _check(self, receipt: WorkReceipt, signature: bytes, *, final: bool) -> Digest:
@@ -410,6 +418,8 @@ class Attempt:
         stops = {*self._card.eos_ids, *self._spec.options.stop_ids}
         if (receipt.finish_reason == FinishReason.STOP) and not self.stopped:
             raise ReceiptMismatch("finish_reason", "stop", "no stop token")
+        if receipt.finish_reason == FinishReason.OPEN and self.stopped:  # a continuation would write on after it
+            raise ReceiptMismatch("finish_reason", "open", "the end of the text")
         if any(token in stops for token in self.tokens[:-1]):
             raise ReceiptMismatch("completion_tokens", receipt.completion_tokens, "tokens after a stop token")
 

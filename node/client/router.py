@@ -216,7 +216,10 @@ class Router:
         """Run one job; see the Marketplace port."""
         card = await self.card(spec.model)
         if spec.reservation != ZERO_DIGEST:
-            spec = replace(spec, only=frozenset({await self._accounts.seller_of(spec.reservation)}))
+            seller = await self._accounts.seller_of(spec.reservation)
+            if spec.only and seller not in spec.only:
+                raise NoProvider(f"the reservation is of 0x{seller.hex()}, which is none of the providers asked for")
+            spec = replace(spec, only=frozenset({seller}))
         progress = _Progress(spec, self._clock.now_ms() + int(spec.deadline_s * 1000))
         failure: TallyError | None = None
         while len(progress.attempts) < MAX_ATTEMPTS:
@@ -495,7 +498,7 @@ class Router:
             prompt_tokens=len(progress.spec.prompt),
             cached_tokens=final.cached_tokens if len(progress.attempts) == 1 else 0,
             completion_tokens=len(progress.delivered),
-            reasoning_tokens=final.reasoning_tokens,
+            reasoning_tokens=attempt.reasoning_of(progress.delivered),
             ste_micro=final.ste_micro,
             cost=progress.cost,
             refund=Wei(final.refund),

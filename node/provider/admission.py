@@ -6,6 +6,7 @@ Every check that needs no waiting, in the order in which failing it is cheapest.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -92,6 +93,9 @@ def _options(frame: Request, request: JobRequest) -> JobOptions:
         raise RemoteProtocolError("the options are not those that were signed")
     if len(frame.cache_salt) not in (0, 32):
         raise RemoteProtocolError(f"a cache salt of {len(frame.cache_salt)} bytes, 32 or none are meant")
+    # SPEC 5.7: A private or embedding job is not cached
+    if frame.cache_salt and (request.is_private or request.kind == JobKind.EMBED):
+        raise RemoteProtocolError("a private or embedding job is not cached, so it names no cache")
     return decode_options(frame.options)
 
 
@@ -166,12 +170,13 @@ def check_prompt(terms: Terms, admitted: Admitted, salt: bytes, plaintext: bytes
     """The unsealed prompt's token ids. Raises: RemoteProtocolError, Refused when they are not what was signed."""
     if len(plaintext) != 4 * admitted.request.prompt_tokens:
         raise RemoteProtocolError(f"the prompt has {len(plaintext) // 4} tokens, not {admitted.request.prompt_tokens}")
-    token_ids = tuple(int.from_bytes(plaintext[i : i + 4], "big") for i in range(0, len(plaintext), 4))
+    token_ids: tuple[int, ...] = struct.unpack(f">{admitted.request.prompt_tokens}I", plaintext)
     if prompt_hash(salt, token_ids) != admitted.request.prompt_hash:
         raise RemoteProtocolError("the prompt is not the one whose hash was signed")
     if max(token_ids) >= terms.vocab_size:
         raise Refused(RefusalCode.BAD_REQUEST, f"token ids end at {terms.vocab_size - 1}")
-    if admitted.options.reasoning_open != opens_reasoning(terms.profile, token_ids):
+    opened = admitted.request.kind != JobKind.EMBED and opens_reasoning(terms.profile, token_ids)
+    if admitted.options.reasoning_open != opened:
         raise RemoteProtocolError("the prompt's reasoning block is not as the options say")
     return token_ids
 

@@ -185,16 +185,12 @@ class JobServer:
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
-        reserved = used = 0
         try:
             reserved = await self._use_reservation(admitted, terms)
-            used = await self._accept_and_deliver(talk, frame, admitted, nonce, sealed, prompt)
+            await self._accept_and_deliver(talk, frame, admitted, nonce, sealed, prompt, reserved)
         finally:
             self._running.discard(task)
             tools.books.release(client, admitted.job_id)
-            if reserved:
-                now = tools.clock.now_ms()
-                self._reservations.give_back(admitted.request.reservation, max(0, reserved - used), now)
 
     async def _use_reservation(self, admitted: Admitted, terms: Terms) -> int:
         """Take the most that the job may compute from the right it names, in micro-STE; 0 when it names none.
@@ -224,11 +220,23 @@ class JobServer:
             raise StreamEnded(f"the prompt was not complete in {PROMPT_TIMEOUT_S:g} s") from exc
 
     async def _accept_and_deliver(
-        self, talk: JobStream, frame: Request, admitted: Admitted, nonce: bytes, sealed: Sealed, prompt: tuple[int, ...]
-    ) -> int:
-        """Deliver; what was computed, in micro-STE. Raises: as `_serve`."""
+        self,
+        talk: JobStream,
+        frame: Request,
+        admitted: Admitted,
+        nonce: bytes,
+        sealed: Sealed,
+        prompt: tuple[int, ...],
+        reserved: int,
+    ) -> None:
+        """`reserved`: micro-STE taken from a right; what was not computed of it goes back, however the job ends.
+
+        Raises: as `_serve`.
+        """
         tools = self._tools
+        delivery: Delivery | None = None
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(lambda: self._give_back(admitted, reserved, delivery))
             tokens: TokenStream | None = None
             if admitted.request.kind != JobKind.EMBED:
                 tokens = await stack.enter_async_context(contextlib.aclosing(await self._submit(admitted, prompt)))
@@ -265,7 +273,12 @@ class JobServer:
                 await whole(delivery.close(FinishReason.CANCELLED, "the client was gone before it could be accepted"))
         self.tokens_served += delivery.work.completion_tokens
         self.jobs_served += finish is not FinishReason.ERROR
-        return delivery.work.ste_micro()
+
+    def _give_back(self, admitted: Admitted, reserved: int, delivery: Delivery | None) -> None:
+        """Work that a right was asked for and that was not computed. A client that breaks off saves nothing by it."""
+        if reserved:
+            unused = max(0, reserved - (delivery.work.ste_micro() if delivery else 0))
+            self._reservations.give_back(Digest(admitted.request.reservation), unused, self._tools.clock.now_ms())
 
     async def _submit(self, admitted: Admitted, prompt: tuple[int, ...]) -> TokenStream:
         """Raises: Refused."""
