@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -21,7 +22,10 @@ def parse_messages(fields: Fields) -> tuple[ChatMessage, ...]:
     value = fields.get("messages")
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
         raise fields.fail("messages", f"must be a list of 1 to {MAX_MESSAGES} messages")
-    return tuple(_message(Fields.of(item, f"messages[{index}]")) for index, item in enumerate(value))
+    messages = [_message(Fields.of(item, f"messages[{index}]")) for index, item in enumerate(value)]
+    # Some templates want the function's name beside its result, which OpenAI's clients leave to the call's id.
+    names = {call.id: call.name for message in messages for call in message.calls}
+    return tuple(replace(m, name=m.name or names.get(m.call_id, "")) if m.call_id else m for m in messages)
 
 
 def _message(fields: Fields) -> ChatMessage:

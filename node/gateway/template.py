@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from typing import Any, Final, NoReturn
 
@@ -36,6 +36,8 @@ _PLAIN: Final = frozenset(_WORDS.split())
 """Words of tool definitions that a template sees as they are: it branches on them, and none of them is, or is part of,
 a control token's text."""
 
+_WORD: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
 _MARK: Final = re.compile(r"(content[0-9a-f]{32}x[0-9]{8})[rja]")
 """A mark of any request. Its last letter says how its text is put in: r as it is, j and a as JSON escapes it."""
 
@@ -47,12 +49,16 @@ class TemplateRefused(TallyError):
 class Marks:
     """The client's texts and what stands for them. `nonce`: 32 unguessable hexadecimal digits.
 
-    `trim`: blanks around a text stay visible, so that templates can trim them.
+    `control`: texts of the model's control tokens.
     """
 
-    def __init__(self, nonce: str, *, trim: bool) -> None:
+    def __init__(self, nonce: str, control: Collection[str]) -> None:
         self._prefix = f"content{nonce}x"
-        self._cut = str.strip if trim else str
+        # Blanks around a text stay visible for templates that trim, unless a control token has blanks of its own.
+        self._cut = str.strip if all(text == text.strip() for text in control) else str
+        # A token that begins and ends with a sign can hold a word whole, and never a part of one.
+        self._bounded = not any(_WORD.match(text) or _WORD.match(text[-1:]) for text in control)
+        self._control = "\0".join(control)
         self._places: dict[str, str] = {}
         self._texts: dict[str, str] = {}
 
@@ -72,6 +78,11 @@ class Marks:
             place = self._places[core] = f"{self._prefix}{len(self._places):08d}"
             self._texts[place] = core
         return f"{before}{place}r{after}"
+
+    def plain(self, word: str) -> str:
+        """An id, which templates measure and cut: as it is, where it cannot be part of a control token."""
+        harmless = self._bounded and _WORD.fullmatch(word) and word not in self._control
+        return word if harmless else self.mark(word)
 
     def cover(self, value: Any) -> Any:
         """A JSON value with all its texts marked, those apart that are words of a schema."""

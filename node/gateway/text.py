@@ -108,8 +108,7 @@ class TextCodec:
                 f"{self.model} has no chat template. Nothing was sent or paid. Use /v1/completions with plain text."
             )
         names = self._vocabulary.secret_names
-        # Blanks around a content stay visible for templates that trim, unless a control token has blanks of its own.
-        marks = Marks(self._entropy(16).hex(), trim=all(name == name.strip() for name in names))
+        marks = Marks(self._entropy(16).hex(), names)
         values = {
             "messages": [_masked(message, marks) for message in messages],
             "tools": [marks.cover(tool) for tool in tools] or None,
@@ -176,17 +175,15 @@ def _masked(message: ChatMessage, marks: Marks) -> dict[str, Any]:
     if message.calls:
         masked["tool_calls"] = [
             {
-                "id": marks.mark(call.id),
+                "id": marks.plain(call.id),
                 "type": "function",
                 "function": {"name": marks.mark(call.name), "arguments": marks.cover(call.arguments)},
             }
             for call in message.calls
         ]
-    for key, text in (
-        ("tool_call_id", message.call_id),
-        ("name", message.name),
-        ("reasoning_content", message.reasoning),
-    ):
+    if message.call_id:
+        masked["tool_call_id"] = marks.plain(message.call_id)
+    for key, text in (("name", message.name), ("reasoning_content", message.reasoning)):
         if text:
             masked[key] = marks.mark(text)
     return masked

@@ -116,6 +116,21 @@ async def test_history_with_calls_goes_through_the_template_and_forges_nothing()
     assert prompt.count(tokenizer.token_to_id("</tool_call>")) == 2
 
 
+async def test_a_result_is_named_after_its_call() -> None:
+    template = HERMES.replace("{{ m.content }}", "{{ m.name }}={{ m.content }}")
+    fake = market("fine", card=cards.card(tool_json(), template))
+    past = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "no json"}}
+    talk = [
+        *HELLO,
+        {"role": "assistant", "tool_calls": [past]},
+        {"role": "tool", "tool_call_id": "c1", "content": "ok"},
+    ]
+    async with serving(fake) as served:
+        await ask(served, messages=talk)
+    text = Tokenizer.from_str(tool_json().decode()).decode(list(fake.specs[0].prompt))
+    assert "weather=ok" in text and '"arguments": "no json"' in text
+
+
 async def test_a_required_call_begins_in_the_prompt_and_follows_its_schema() -> None:
     body = '{"name": "weather", "arguments": {"city": "Rome"}}'
     fake = market(body)

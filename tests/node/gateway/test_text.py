@@ -162,6 +162,26 @@ def test_tools_and_calls_read_as_transformers_would_write_them() -> None:
     assert not TextCodec(cards.card()).takes_tools and made.takes_tools
 
 
+def test_templates_may_measure_and_cut_the_ids_of_calls() -> None:
+    template = (
+        "{% if custom is defined %}{% set tools = custom %}{% endif %}{{ tools }}{% for m in messages %}"
+        "{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{{ c.id[-4:] }}"
+        "{% endfor %}{% endfor %}"
+    )
+    made = TextCodec(cards.card(template=template))
+    assert made.takes_tools
+    assert (
+        made.decode(made.encode_chat([ChatMessage("assistant", "", (PastCall("abc456789", "f", {}),))])) == "None6789"
+    )
+    for odd in (
+        "im_start",
+        "a b c d e",
+        "abc45678é",
+    ):  # what could be part of a control token, or is no id, stays a mark
+        with pytest.raises(TemplateRefused, match="nine"):
+            made.encode_chat([ChatMessage("assistant", "", (PastCall(odd, "f", {}),))])
+
+
 # ------------------------------------------------------------------------------------- the same ids as transformers
 
 benign = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="<>|｜＜＞"), max_size=60)
