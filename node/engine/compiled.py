@@ -157,7 +157,8 @@ class CompiledSampler(Sampler):
         )
         return self._kernels.choose(logits.contiguous(), arrays)
 
-    def _fingerprint(
+    def fingerprints(
         self, logits: torch.Tensor, hidden: torch.Tensor, chosen: torch.Tensor, projections: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> bytes:
+        """As the base."""
         return self._kernels.fingerprint(logits.contiguous(), hidden.contiguous(), chosen, projections)

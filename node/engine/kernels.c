@@ -533,10 +533,20 @@ INLINE vu mix(vu x) {
     return x ^ (x >> 16);
 }
 
-/* The Gumbel values of ids first..first + 15; see protocol/sampling.py. */
-INLINE vf gumbel(long first, uint32_t k0, uint32_t k1) {
+/* The words of ids first..first + 15 and their Gumbel values; see protocol/sampling.py. */
+INLINE vu words(long first, uint32_t k0, uint32_t k1) {
     const vu lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    vu word = mix(mix((lanes + (uint32_t)first) ^ k0) + k1);
+    return mix(mix((lanes + (uint32_t)first) ^ k0) + k1);
+}
+
+/* At least the Gumbel value of each word, for a tenth of the work: -log(-log(1 - v)) <= -log(v), and v is at least
+ * the power of two below the word. The last term covers rounding. */
+INLINE vf gumbel_at_most(vu word) {
+    vi exponent = ((vi)__builtin_convertvector(word, vf) >> 23) - 127;
+    return (32.0f - __builtin_convertvector(exponent, vf)) * 0.69314718f + 1e-3f;
+}
+
+INLINE vf gumbel(vu word) {
     vf v = __builtin_convertvector(word, vf) * 0x1p-32f + 0x1p-33f;
     v = pick(v > 0x1.fffffep-1f, splat(0x1.fffffep-1f), v);
     vf u = 1.0f - v; /* -log(1 - v) by Kahan's correction, which keeps the digits of a small v */
@@ -579,14 +589,29 @@ INLINE vf some(const float *x, long at, long count) {
     return at + LANES <= count ? load(x, at, 0) : tail(x, at, count);
 }
 
-/* Argmax of logit + temperature * noise over tokens with a logit above `edge`. */
+INLINE int any(vi mask) {
+    int32_t m[LANES];
+    memcpy(m, &mask, sizeof m);
+    int found = 0;
+    for (int i = 0; i < LANES; i++) found |= m[i];
+    return found;
+}
+
+/* Argmax of logit + temperature * noise over tokens with a logit above `edge`. Noise is computed only where it could
+ * beat the best score so far, which is for one block in dozens. */
 static long best_score(const float *logits, long vocab, float temperature, const uint32_t *keys, float edge) {
     const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     Best best = {splat(-INFINITY), {0}};
+    float bar = -INFINITY;
     for (long i = 0; i < vocab; i += LANES) {
-        vf x = some(logits, i, vocab);
-        vf y = temperature > 0 ? x + temperature * gumbel(i, keys[0], keys[1]) : x;
+        vf x = some(logits, i, vocab), y = x;
+        if (temperature > 0) {
+            vu word = words(i, keys[0], keys[1]);
+            if (!any((x + temperature * gumbel_at_most(word) >= bar) & (x > edge))) continue;
+            y = x + temperature * gumbel(word);
+        }
         offer(&best, pick(x > edge, y, splat(-INFINITY)), lanes + (int32_t)i);
+        if (temperature > 0) bar = largest(best.value);
     }
     return winner(&best);
 }
@@ -647,17 +672,37 @@ INLINE void project(const void *hidden, const uint8_t *signs, long width, float 
     for (int k = 0; k < 8; k++) out[k] = sum(acc[k]) / sqrtf((float)width);
 }
 
-/* out [rows, 9] fp32: log-probability of chosen[r] under the plain softmax, then hidden [rows, width] projected by
- * signs [rows, width], whose bit k says that row k of the matrix is +1 there. */
+/* To fp16, nearest, ties to even, held within its range, big-endian. */
+static void put_half(float x, uint8_t *out) {
+    uint32_t bits;
+    x = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+    memcpy(&bits, &x, 4);
+    uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7FFFFFFFu, half;
+    if (size > 0x7F800000u) half = 0x7E00u; /* NaN */
+    else if (size < 0x38800000u) {          /* subnormal: let the sum round */
+        float small, magic = 0.5f;
+        memcpy(&small, &size, 4);
+        small += magic;
+        memcpy(&half, &small, 4);
+        half -= 0x3F000000u;
+    } else half = (size - 0x38000000u + 0xFFFu + (size >> 13 & 1u)) >> 13;
+    half |= sign;
+    out[0] = (uint8_t)(half >> 8);
+    out[1] = (uint8_t)half;
+}
+
+/* out [rows, 18] bytes, 9 fp16: log-probability of chosen[r] under the plain softmax, then hidden [rows, width]
+ * projected by signs [rows, width], whose bit k says that row k of the matrix is +1 there. */
 void tally_fingerprint(int bf16, int threads, long rows, long vocab, long width, const float *logits,
-                       const void *hidden, const int64_t *chosen, const uint8_t *signs, float *out) {
+                       const void *hidden, const int64_t *chosen, const uint8_t *signs, uint8_t *out) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows * vocab >= PARALLEL_NUMBERS)
     for (long row = 0; row < rows; row++) {
         const float *x = logits + row * vocab;
         float top;
         double total = log_sum(x, vocab, 1.0f, &top);
-        out[9 * row] = (float)((double)x[chosen[row]] - total);
-        if (bf16) project(row_of(hidden, row, width, 1), signs + row * width, width, out + 9 * row + 1, 1);
-        else project(row_of(hidden, row, width, 0), signs + row * width, width, out + 9 * row + 1, 0);
+        float values[9] = {(float)((double)x[chosen[row]] - total)};
+        if (bf16) project(row_of(hidden, row, width, 1), signs + row * width, width, values + 1, 1);
+        else project(row_of(hidden, row, width, 0), signs + row * width, width, values + 1, 0);
+        for (int k = 0; k < 9; k++) put_half(values[k], out + 18 * row + 2 * k);
     }
 }

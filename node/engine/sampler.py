@@ -139,15 +139,9 @@ class Sampler:
 
         `logits` [rows, vocab] fp32, `hidden` [rows, hidden], `chosen` [rows], `projections` [rows, hidden] uint8.
         """
-        values = self._fingerprint(logits, hidden, chosen, projections).clamp_(-_FP16_MAX, _FP16_MAX)
-        raw: bytes = values.cpu().numpy().astype(">f2").tobytes()
-        return raw
-
-    def _fingerprint(
-        self, logits: torch.Tensor, hidden: torch.Tensor, chosen: torch.Tensor, projections: torch.Tensor
-    ) -> torch.Tensor:
-        """[rows, 9] fp32: log-probability, then the hidden state times the matrix of signs over sqrt(hidden)."""
         logprob = logits.gather(-1, chosen[:, None]) - logits.logsumexp(-1, keepdim=True)
         signs = 2.0 * ((projections[:, None] >> self._rows[:, None]) & 1).float() - 1.0  # [rows, 8, hidden]
         projected = torch.bmm(signs, hidden.float().unsqueeze(-1)).squeeze(-1)  # [rows, 8]
-        return torch.cat((logprob, projected / self._hidden**0.5), 1)
+        values = torch.cat((logprob, projected / self._hidden**0.5), 1).clamp_(-_FP16_MAX, _FP16_MAX)
+        raw: bytes = values.cpu().numpy().astype(">f2").tobytes()
+        return raw

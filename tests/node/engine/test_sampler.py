@@ -7,6 +7,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -164,3 +165,28 @@ def test_fingerprints_hold_what_fp16_cannot(sampler: Sampler) -> None:
         torch.full((1, HIDDEN), 255, dtype=torch.uint8),
     )
     assert transcript.unpack_fp16(raw[2:]) == (65504.0,) * 8
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(width=32, allow_infinity=False, allow_nan=False))
+def test_compiled_halves_are_numpys(value: float) -> None:
+    """Through a projection of one number, whose matrix is one sign; a sum knows no negative zero."""
+    narrow = CompiledSampler(2, 1, COMPILED._kernels)
+    plus = torch.full((1, 1), 255, dtype=torch.uint8)
+    raw = narrow.fingerprints(torch.zeros(1, 2), torch.tensor([[value]]), torch.tensor([0]), plus)
+    assert raw[2:4] == np.array([value + 0.0]).clip(-65504, 65504).astype(">f2").tobytes()
+
+
+@pytest.mark.parametrize("temperature", [1_000, 300_000, MICRO, 30 * MICRO])
+def test_noise_left_out_never_wins(temperature: int) -> None:
+    """The compiled sampler skips tokens that cannot win: flat and peaked logits, against all scores of the other."""
+    torch.manual_seed(temperature)
+    wide, plain = CompiledSampler(3001, HIDDEN, COMPILED._kernels), Sampler(3001, HIDDEN, CPU)
+    for spread in (0.0, 1.0, 8.0):
+        logits = spread * torch.randn(40, 3001)
+        draws = [Draw.at(seed(i), i, temperature, MICRO, 0) for i in range(40)]
+        got, expected = wide.choose(logits, draws), plain.choose(logits, draws)
+        noise = plain.noise([draw.keys for draw in draws])
+        scores = logits + temperature / MICRO * noise
+        lost = scores.gather(1, expected[:, None]) - scores.gather(1, got[:, None])
+        assert float(lost.max()) < 1e-4 * max(1.0, temperature / MICRO)
