@@ -359,9 +359,6 @@ class Attempt:
         batch = decode_batch(self._sealed.unseal(sealed))
         if batch.start != self._work.completion_tokens:
             raise RemoteProtocolError(f"tokens from {batch.start} where {self._work.completion_tokens} should follow")
-        leaf = Leaf(batch.token_ids, batch.logprobs, batch.projections, batch.routing)
-        self._work = self._work.take(tuple(leaf.records()), self.talk.received_at)
-        self.tokens.extend(batch.token_ids)
         asked = self._spec.options.alternatives
         if any(len(likeliest) > asked for likeliest in batch.alternatives):
             raise RemoteProtocolError(f"more than the {asked} alternatives that were asked for")
@@ -369,6 +366,9 @@ class Attempt:
             tuple((token_id, unpack_fp16(logprob)[0]) for token_id, logprob in likeliest)
             for likeliest in batch.alternatives
         )
+        leaf = Leaf(batch.token_ids, batch.logprobs, batch.projections, batch.routing)
+        self._work = self._work.take(tuple(leaf.records()), self.talk.received_at)
+        self.tokens.extend(batch.token_ids)  # last: what the caller is not shown, no continuation starts after
         return JobTokens(tuple(batch.token_ids), unpack_fp16(batch.logprobs), alternatives)
 
     def _on_vector(self, sealed: bytes) -> JobVectors:

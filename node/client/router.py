@@ -50,7 +50,7 @@ from protocol.errors import Overspend, Refused, RemoteProtocolError, TallyError
 from protocol.frames import JOB_PROTOCOL, RefusalCode
 from protocol.messages import WorkReceipt
 from protocol.offers import CheckedOffer
-from protocol.units import ZERO_DIGEST, Address, Digest, FinishReason, JobId, Tier, Verifiability, Wei
+from protocol.units import MAX_AMOUNT, ZERO_DIGEST, Address, Digest, FinishReason, JobId, Tier, Verifiability, Wei
 
 log = logging.getLogger("tally.client")
 
@@ -348,7 +348,7 @@ class Router:
         """Attempts that hold a quote, best first, each with its stream open. Raises: NoProvider."""
         spec, now = progress.spec, self._clock.now_ms() // 1000
         ceiling = spec.price_ceiling if spec.price_ceiling is not None else self._settings.ceiling
-        ceiling = Wei(max(0, ceiling - progress.cost))
+        ceiling = Wei(min(MAX_AMOUNT, max(0, ceiling - progress.cost)))  # a request has no room for more
         needs = Needs(
             card.profile_id,
             len(progress.prompt),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import struct
 from dataclasses import replace
@@ -13,12 +14,13 @@ from msgspec import structs
 from incentives.ledger import Role
 from node.client.attempt import Attempt
 from node.jobstream import JobStream
-from node.ports import EngineRequest, JobFailed, JobTokens, JobVectors, NoProvider
+from node.ports import EngineRequest, JobFailed, JobStarted, JobTokens, JobVectors, NoProvider
 from protocol.errors import Refused
 from protocol.frames import Ack
 from protocol.options import JobOptions
-from protocol.units import INCREMENT_TOKENS, FinishReason, JobKind
+from protocol.units import INCREMENT_TOKENS, WEI_PER_TALLY, FinishReason, JobKind, Tier, Verifiability, Wei
 from tests.spine.lab import Buyer, Market, Seller, idle, run, spec
+from tests.spine.test_endings import TOKEN, settle
 from tests.spine.test_metering import PROMPT, texts, thinking
 from tests.spine.test_reservations import reserve
 from tests.twins.engine_twin import EOS, EngineTwin
@@ -126,6 +128,60 @@ async def test_an_interim_receipt_after_the_end_of_the_text_is_not_paid() -> Non
         with pytest.raises(JobFailed, match="finish_reason"):
             await run(buyer, spec(100))
         assert buyer.accounts.spent == 0
+
+
+class ChattyEngine(EngineTwin):
+    """Serves through another server, and in its second increment reports more alternatives than were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.verifiability = Verifiability.LOGPROB
+
+    async def _generate(self, request: EngineRequest) -> Any:
+        before = self.emitted
+        async for token in super()._generate(request):
+            many = 3 if self.emitted - before == INCREMENT_TOKENS + 8 else 1
+            yield replace(token, alternatives=((1, bytes(2)),) * many)
+
+
+async def test_tokens_that_were_not_shown_are_not_continued_after() -> None:
+    async with Market() as market:
+        await market.seller(engine=ChattyEngine(), completion_price=TOKEN // 2)
+        honest = EngineTwin()
+        honest.verifiability = Verifiability.LOGPROB
+        await market.seller(engine=honest)
+        buyer = await market.buyer()
+        tokens, done, events = await run(buyer, spec(100, options=JobOptions(alternatives=1)))
+        assert len([event for event in events if isinstance(event, JobStarted)]) == 2
+        assert len(tokens) == 100 == done.completion_tokens, "no hole in the text"
+
+
+async def test_a_limit_above_every_amount_is_no_providers_fault() -> None:
+    async with Market() as market:
+        _, buyer = await market.seller(), await market.buyer()
+        _, done, _ = await run(buyer, spec(10, price_ceiling=Wei(1 << 100)))
+        assert done.cost and not buyer.router._failures()
+
+
+async def test_jobs_of_every_kind_at_once_on_one_channel_come_out_to_the_wei() -> None:
+    async with Market() as market:
+        terms = {"reserved_discount_bps": 2_500, "flex_bps": 5_000, "embedding_price": 10**9, "per_request": 13}
+        seller = await market.seller(engine=EngineTwin(slots=64), **terms)
+        buyer = await market.buyer(deposit=10 * WEI_PER_TALLY)
+        right = await reserve(market, seller, buyer, 10**6)
+        jobs = []
+        for i in range(6):
+            jobs += [spec(40 + i, PROMPT), texts(4, 5 + i), spec(33, reservation=right), spec(10, PROMPT, private=True)]
+            jobs.append(spec(50, kind=JobKind.BATCH, tier=Tier.FLEX))
+        outcomes = await asyncio.gather(*(run(buyer, job) for job in jobs))
+        await idle(seller)
+        total = sum(done.cost for _, done, _ in outcomes)
+        assert buyer.accounts.spent == total == await settle(seller)
+        for channel in (
+            buyer.accounts.channel(seller.wallet.address),
+            seller.provider.books.channel(buyer.accounts.session.address),
+        ):
+            assert channel.owed == total and not channel.reserved
 
 
 async def test_reasoning_is_counted_over_all_the_providers_of_a_text() -> None:
