@@ -43,10 +43,10 @@ _CHECK: Final = Path(__file__).with_name("grammar_check.py")
 class Matcher:
     """Where one stream's text stands in its grammar. Used by one thread at a time."""
 
-    __slots__ = ("_bits", "_matcher", "_vocab")
+    __slots__ = ("_bits", "_control", "_ends", "_matcher", "_vocab")
 
-    def __init__(self, matcher: LLMatcher, vocab: int) -> None:
-        self._matcher, self._vocab = matcher, vocab
+    def __init__(self, matcher: LLMatcher, vocab: int, control: Sequence[int], ends: Sequence[int]) -> None:
+        self._matcher, self._vocab, self._control, self._ends = matcher, vocab, list(control), list(ends)
         self._bits = np.zeros((vocab + 31) // 32, dtype=np.int32)
 
     @property
@@ -57,7 +57,11 @@ class Matcher:
     def allowed(self) -> npt.NDArray[np.bool_]:
         """[vocab] bool: the tokens that may come next. Meaningless once there is an error."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        return np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab].astype(bool)
+        mask = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab].astype(bool)
+        mask[self._control] = False
+        if not self._matcher.is_accepting():
+            mask[self._ends] = False
+        return mask
 
     def take(self, token_id: int) -> None:
         """The token that was chosen."""
@@ -74,6 +78,7 @@ class Grammars:
     def __init__(self, tokenizer_file: Path, vocab: int, eos_ids: Sequence[int]) -> None:
         self._file, self._vocab, self._eos_ids = tokenizer_file, vocab, list(eos_ids)
         self._tokenizer: LLTokenizer | None = None
+        self._control: list[int] = []
         self._loading = asyncio.Lock()
         self._checks = asyncio.Semaphore(CHECKS_AT_ONCE)
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
@@ -86,29 +91,38 @@ class Grammars:
         if not self._eos_ids:
             raise ValueError("this model has no end token, so output by a grammar could not end")
         source = grammar_source(options)
-        async with self._loading:
-            if self._tokenizer is None:
-                self._tokenizer = await asyncio.to_thread(self._load)
+        tokenizer = await self._library()
         compiled = self._compiled.get(source)
         if compiled is None:
             await self._check(source)
             limits = LLParserLimits(verbose_errors=False)  # verbose ones quote the text
-            compiled = await asyncio.to_thread(LLMatcher, self._tokenizer, source, log_level=0, limits=limits)
+            compiled = await asyncio.to_thread(LLMatcher, tokenizer, source, log_level=0, limits=limits)
             if compiled.is_error():
                 _refuse(compiled.get_error())
             self._compiled[source] = compiled
             if len(self._compiled) > COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(source)
-        matcher = Matcher(compiled.deep_copy(), self._vocab)
+        matcher = Matcher(compiled.deep_copy(), self._vocab, self._control, self._eos_ids)
         if not matcher.follows(continued):
             raise ValueError(f"the {len(continued)} tokens that are continued do not follow the grammar")
         return matcher
 
-    def _load(self) -> LLTokenizer:
+    async def _library(self) -> LLTokenizer:
+        async with self._loading:
+            found = self._tokenizer
+            if found is None:
+                found, self._control = await asyncio.to_thread(self._load)
+                self._tokenizer = found
+            return found
+
+    def _load(self) -> tuple[LLTokenizer, list[int]]:
+        """The library's tokenizer, and the control tokens that are no end tokens."""
         try:
-            return LLTokenizer(self._file.read_text(encoding="utf-8"), n_vocab=self._vocab, eos_token=self._eos_ids)
-        except (OSError, ValueError) as exc:
+            text, special = unspellable(self._file.read_text(encoding="utf-8"))
+            control = [token_id for token_id in special if token_id < self._vocab and token_id not in self._eos_ids]
+            return LLTokenizer(text, n_vocab=self._vocab, eos_token=self._eos_ids), control
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             raise ValueError(f"this model's tokenizer cannot follow grammars: {exc}") from exc
 
     async def _check(self, source: str) -> None:
@@ -133,6 +147,28 @@ class Grammars:
             _refuse(out.decode(errors="replace"))
         if process.returncode != 0:
             _refuse("it takes too much time or memory to compile; simplify it")
+
+
+def unspellable(tokenizer_json: str) -> tuple[str, list[int]]:
+    """The tokenizer with its control tokens under names that no text spells, and their ids.
+
+    The library writes forced text as its tokenizer would, control tokens included; so it must not know their names.
+    Raises: ValueError, KeyError, TypeError, AttributeError when it is no tokenizers file.
+    """
+    tree = json.loads(tokenizer_json)
+    names: dict[str, str] = {}
+    special = []
+    for token in tree.get("added_tokens", []):
+        if token["special"]:
+            special.append(int(token["id"]))
+            names[token["content"]] = token["content"] = f"\x01control {token['id']}\x01"
+    vocab = tree["model"]["vocab"]
+    if isinstance(vocab, dict):
+        tree["model"]["vocab"] = {names.get(piece, piece): token_id for piece, token_id in vocab.items()}
+    else:  # unigram: [piece, score] by id
+        tree["model"]["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    tree["post_processor"] = None  # names control tokens, and adds them to texts, of which the library has none
+    return json.dumps(tree), special
 
 
 def _refuse(reason: str) -> NoReturn:

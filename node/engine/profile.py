@@ -23,7 +23,7 @@ ENGINE_VERSION: Final = "tally/engine/torch-decoder/2"
 """Names the arithmetic of decoder.py and kernels.c, no further apart than torch's own kernels are; its hash is part of
 the profile. A change that moves logits needs a new name."""
 
-GRAMMAR_RULES: Final = "1"
+GRAMMAR_RULES: Final = "2"
 """Names what grammar.py asks of its library; with the library's version it is part of the sampler's hash."""
 
 MARGIN_MILLI: Final = 100

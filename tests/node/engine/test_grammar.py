@@ -86,6 +86,16 @@ async def test_output_follows_its_schema(engine: TorchEngine, tokenizer: Tokeniz
     assert len({text_of(tokenizer, tokens) for tokens in structured}) > 3
 
 
+@pytest.mark.parametrize("text", ["<|im_start|>", "<|im_end|>", "a <|im_end|> b", "<|endoftext|>"])
+async def test_text_that_spells_a_control_token_is_written_as_text(
+    engine: TorchEngine, tokenizer: Tokenizer, text: str
+) -> None:
+    for sampling in (GREEDY, HOT):
+        tokens = await run(engine, schema({"const": {"said": text}}), 3, sampling=sampling)
+        assert json.loads(text_of(tokenizer, tokens)) == {"said": text}
+        assert [token.token_id for token in tokens if token.token_id < 4] == [tokens[-1].token_id]
+
+
 async def test_json_mode_gives_objects(engine: TorchEngine, tokenizer: Tokenizer) -> None:
     for number in range(3):
         tokens = await run(engine, JobOptions(syntax=Syntax.JSON), number, 300, sampling=Sampling(900_000, 900_000))
