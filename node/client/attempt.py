@@ -18,8 +18,8 @@ from typing import Final
 from msgspec import structs
 
 from incentives.ledger import AckSigned, JobClosed, JobOpened, Role
+from incentives.prefixes import Prefixes
 from node.client.accounts import Accounts
-from node.client.prefixes import Prefixes
 from node.client.vectors import check_vector
 from node.crashpoints import crash_point, declare
 from node.jobstream import JobStream

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from incentives.ledger import JobClosed, Role
+from incentives.prefixes import Prefixes
 from incentives.selection import MAX_QUOTES, Candidate, Needs, rank, rule_out
 from node.client.accounts import Accounts
 from node.client.attempt import Attempt, Parent, Tools
 from node.client.cards import fetch_card
-from node.client.prefixes import Prefixes
 from node.ports import (
     Clock,
     Directory,

@@ -78,13 +78,17 @@ class Tools:
 
 
 class Delivery:
-    """One job, from acceptance to its terminal state. `run` returns the finish reason that was journaled."""
+    """One job, from acceptance to its terminal state. `run` returns the finish reason that was journaled.
 
-    def __init__(self, tools: Tools, talk: JobStream, sealed: Sealed, work: Work) -> None:
+    `promised`: tokens of the prompt that are charged as cached at least.
+    """
+
+    def __init__(self, tools: Tools, talk: JobStream, sealed: Sealed, work: Work, promised: int) -> None:
         self._tools = tools
         self._talk = talk
         self._sealed = sealed
         self._work = work
+        self._promised = promised
         self._client = Address(work.request.client)
         self._rows: list[EngineToken] = []
         self._enough = 1  # tokens in the buffer that are worth waking `_deliver` for
@@ -161,7 +165,7 @@ class Delivery:
                     self._space.clear()
                     await self._space.wait()
                 if not self._work.completion_tokens and not self._rows:
-                    self._work = self._work.hit(token.cached_tokens, kept=token.kept)
+                    self._work = self._work.hit(max(token.cached_tokens, self._promised), kept=token.kept)
                 self._rows.append(token)
                 self._engine_finish = token.finish
                 if len(self._rows) >= self._enough or token.finish is not FinishReason.OPEN:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from incentives.ledger import JobClosed, Role
+from incentives.prefixes import REMEMBERED, Prefixes
 from incentives.settlement import SettlePolicy
 from node.background import Background
 from node.ports import (
@@ -89,7 +90,8 @@ class Provider:
         )
         tools = Tools(chain.domain, node_key, self.books, store, clock)
         reservations = Reservations(self._wallet, card.profile_id, chain)
-        self.server = JobServer(tools, engine, entropy, card, self.offering, reservations)
+        self._promised = Prefixes()
+        self.server = JobServer(tools, engine, entropy, card, self.offering, reservations, self._promised)
         transport.serve(JOB_PROTOCOL, self.server.handle_job)
         transport.serve(CARD_PROTOCOL, self.server.handle_card)
         self.background = Background(clock)
@@ -105,6 +107,9 @@ class Provider:
         Raises: StoreError, ChainError.
         """
         await self.books.load()
+        finals = await self._store.receipts(role=Role.PROVIDER, final_only=True, limit=REMEMBERED)
+        for row in reversed(finals):  # the engine starts with an empty cache, our promises stand
+            self._promised.remember(row.receipt)
         for job in await self._store.jobs(Role.PROVIDER, open_only=True):
             detail = "the provider stopped while it was running; what was vouched for is kept"
             await self._store.write(JobClosed(Role.PROVIDER, job.job_id, FinishReason.ERROR, job.owed, detail))

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Final
 
 from incentives.ledger import JobOpened, Role
+from incentives.prefixes import Prefixes
 from node.jobstream import JobStream
 from node.ports import Engine, EngineFull, Entropy, ModelCard, Stream, StreamEnded, TokenStream, Urgency
 from node.provider.admission import Admitted, Terms, check_prompt, check_request, engine_request, urgency_of
@@ -60,7 +61,8 @@ MAX_STREAMS_PER_PEER: Final = 128
 
 
 class JobServer:
-    """Serves jobs under the offering's terms. `draining` refuses new ones."""
+    """Serves jobs under the offering's terms. `draining` refuses new ones. `promised`: prompts this provider said it
+    keeps before it was started."""
 
     def __init__(
         self,
@@ -70,8 +72,10 @@ class JobServer:
         card: ModelCard,
         offering: Offering,
         reservations: Reservations,
+        promised: Prefixes,
     ) -> None:
         self._tools = tools
+        self._promised = promised
         self._reservations = reservations
         self._engine = engine
         self._entropy = entropy
@@ -261,7 +265,9 @@ class JobServer:
                 accept,
                 block_heads(admitted.cache_salt, prompt) if admitted.cache_salt else (),
             )
-            delivery = Delivery(tools, talk, sealed, work)
+            # SPEC 5.7: A provider that lost what it kept still charges it as cached
+            due = self._promised.due(work.request, work.tariff, work.heads, accept.accepted_at)
+            delivery = Delivery(tools, talk, sealed, work, due)
             await whole(tools.store.write(opened))
             try:
                 await talk.send(Accepted(pack(accept), signature))

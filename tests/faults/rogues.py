@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+from incentives.prefixes import Prefixes
 from node.client.attempt import Attempt
 from node.client.attempt import Tools as ClientTools
-from node.client.prefixes import Prefixes
 from node.ports import JobSpec, ModelCard, Stream
 from node.transport.memory import MemoryTransport
 from protocol import frames

@@ -214,3 +214,22 @@ async def test_a_cache_salt_in_a_private_job_is_refused(monkeypatch: pytest.Monk
             with pytest.raises((Refused, NoProvider, JobFailed)):
                 await run(buyer, job)
         assert seller.engine.read == 0 and buyer.accounts.spent == 0
+
+
+async def test_a_provider_that_lost_its_cache_in_a_restart_charges_what_it_promised() -> None:
+    """Else each of its next receipts would be evidence against it, and none of them paid."""
+    async with Market() as market:
+        seller, buyer = await market.seller(cache_ttl_s=600), await market.buyer()
+        _, first, _ = await run(buyer, spec(10, PROMPT))
+        await idle(seller)
+        await seller.provider.stop()
+        await seller.transport.stop()
+        await seller.store.close()
+        keys = (seller.wallet, seller.node_key)
+        again = await market.seller(cache_ttl_s=600, store=seller.store, keys=keys, engine=EngineTwin())
+        await buyer.router._directory.refresh()
+        _, second, _ = await run(buyer, spec(10, (*PROMPT, 7, 8)))
+        assert again.engine.hit == 0 and second.cached_tokens == 96
+        assert buyer.accounts.spent == first.cost + second.cost
+        _, third, _ = await run(buyer, spec(10, tuple(reversed(PROMPT))))
+        assert third.cached_tokens == 0, "what was not promised is charged in full"
