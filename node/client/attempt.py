@@ -326,13 +326,21 @@ class Attempt:
         assert self._work is not None
         return self._work.job_id
 
+    @property
+    def _patience_s(self) -> float:
+        """Silence taken for a stall. Batch work waits for its turn as long as its deadline lets it."""
+        stall_s = self._tools.stall_s
+        if self._spec.kind is not JobKind.BATCH:
+            return stall_s
+        return max(stall_s, (self._deadline_ms - self._tools.clock.now_ms()) / 1000)
+
     async def next_events(self) -> list[JobEvent]:
         """Handle one frame; `final` is set once END was acknowledged.
 
         Raises: StreamEnded (stall, death, EOF without END), RemoteProtocolError, Refused (the provider aborted),
         Overspend, StoreError.
         """
-        frame = await self.talk.receive(self._tools.stall_s)
+        frame = await self.talk.receive(self._patience_s)
         if isinstance(frame, Tokens):  # taken in without waiting for anything, so it cannot stop halfway
             if self._opening is not None and self._opening.done():
                 self._opening.result()  # a journal that could not be written ends the job

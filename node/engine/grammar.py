@@ -110,11 +110,11 @@ class Grammars:
 
     async def _library(self) -> LLTokenizer:
         async with self._loading:
-            found = self._tokenizer
-            if found is None:
-                found, self._control = await asyncio.to_thread(self._load)
-                self._tokenizer = found
-            return found
+            if self._tokenizer is not None:
+                return self._tokenizer
+            loaded, self._control = await asyncio.to_thread(self._load)
+            self._tokenizer = loaded
+            return loaded
 
     def _load(self) -> tuple[LLTokenizer, list[int]]:
         """The library's tokenizer, and the control tokens that are no end tokens."""

@@ -137,6 +137,24 @@ async def test_batch_work_runs_at_the_flex_price_behind_everything_else() -> Non
         assert await settle(seller) == done.cost == (4 * READ + 40 * TOKEN) // 2
 
 
+async def test_batch_work_that_waits_for_its_turn_is_not_taken_for_a_stall() -> None:
+    async with Market() as market:
+        seller, buyer = await market.seller(), await market.buyer(stall_s=0.2)
+        gate = asyncio.Event()
+
+        async def pace(at: int) -> None:
+            await gate.wait()
+
+        seller.engine.pace = pace
+        batch = asyncio.create_task(run(buyer, spec(5, kind=JobKind.BATCH, tier=Tier.FLEX)))
+        await until(lambda: seller.provider.server.running == 1)
+        with pytest.raises(JobFailed, match="sent nothing"):
+            await run(buyer, spec(5))
+        gate.set()
+        tokens, _, _ = await batch
+        assert len(tokens) == 5
+
+
 # ------------------------------------------------------------------------------------------------------- prefix cache
 
 
