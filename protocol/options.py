@@ -26,6 +26,10 @@ MAX_OPTIONS_BYTES: Final = MAX_GRAMMAR_BYTES + 4096
 MAX_EMBED_INPUTS: Final = 32
 """Texts of one embedding job. Their vectors are delivered before the one receipt, so this is its increment."""
 
+EMBED_INCREMENT_TOKENS: Final = 8_192
+"""Tokens of an embedding job's texts together, unless it is a single one. Unit: tokens. All its vectors are out before
+its one receipt is paid, so this is what a payer that vanishes costs; doubling it doubles that."""
+
 MAX_ALTERNATIVES: Final = 20
 """Likeliest tokens reported beside the chosen one, as many as OpenAI's API sells."""
 

@@ -1,4 +1,4 @@
-"""/v1/embeddings: texts in, unit vectors out, bought in jobs of up to 32 texts and put together in order."""
+"""/v1/embeddings: texts in, unit vectors out, bought in jobs of up to 32 short texts and put together in order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from node.gateway.text import TextCodec
 from node.gateway.waiting import end
 from node.ports import JobSpec, JobVectors, Marketplace
 from protocol.errors import TallyError
-from protocol.options import MAX_EMBED_INPUTS, JobOptions
+from protocol.options import EMBED_INCREMENT_TOKENS, MAX_EMBED_INPUTS, JobOptions
 from protocol.units import FinishReason, JobKind, Wei
 
 MAX_DIMENSIONS: Final = 65_536
@@ -114,8 +114,7 @@ class Embeddings:
         if total > MAX_EMBED_TOKENS:
             said = f"The texts have {total} tokens; at most {MAX_EMBED_TOKENS} are taken at once."
             raise errors.invalid("input", f"{said} Nothing was sent or paid. Send fewer texts.", "too_many_tokens")
-        batches = [texts[at : at + MAX_EMBED_INPUTS] for at in range(0, len(texts), MAX_EMBED_INPUTS)]
-        specs = self._specs(call, batches)
+        specs = self._specs(call, job_batches(texts))
         entries = await self._models.offers(call.model)
         return PreparedEmbeds(call, specs, tuple(price_up(entries, spec, card.profile_id) for spec in specs))
 
@@ -182,6 +181,19 @@ class Embeddings:
             raise errors.from_finish(done.progress.done.finish if done.progress.done else FinishReason.ERROR)
         if len(done.vectors) != len(spec.options.inputs):
             raise errors.from_finish(FinishReason.ERROR)
+
+
+def job_batches(texts: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """The texts in order, as many to a job as it may hold."""
+    batches: list[list[tuple[int, ...]]] = []
+    room = 0
+    for ids in texts:
+        if not batches or len(batches[-1]) == MAX_EMBED_INPUTS or len(ids) > room:
+            batches.append([])
+            room = EMBED_INCREMENT_TOKENS
+        batches[-1].append(ids)
+        room -= len(ids)
+    return batches
 
 
 def _encode(codec: TextCodec, call: EmbedCall) -> list[tuple[int, ...]]:

@@ -17,7 +17,7 @@ from protocol.errors import FieldOutOfRange, Refused, RemoteProtocolError, TierN
 from protocol.frames import CHUNK_BYTES, RefusalCode, Request
 from protocol.messages import JobRequest, Profile, Tariff
 from protocol.metering import opens_reasoning
-from protocol.options import JobOptions, Syntax, decode_options, options_hash
+from protocol.options import EMBED_INCREMENT_TOKENS, JobOptions, Syntax, decode_options, options_hash
 from protocol.packing import unpack
 from protocol.sampling import check_sampling, derive_seed
 from protocol.signing import verify
@@ -141,6 +141,10 @@ def _check_inputs(terms: Terms, request: JobRequest, options: JobOptions) -> Non
         raise Refused(RefusalCode.BAD_REQUEST, "the texts' lengths do not make up the prompt")
     if max(options.inputs) > terms.max_context:
         raise Refused(RefusalCode.CONTEXT_LENGTH, f"a text may have {terms.max_context} tokens")
+    # SPEC 4.12: texts of at most 8 192 tokens together, or a single one
+    if len(options.inputs) > 1 and request.prompt_tokens > EMBED_INCREMENT_TOKENS:
+        reason = f"the texts of one job may have {EMBED_INCREMENT_TOKENS} tokens together; ask in several"
+        raise Refused(RefusalCode.BAD_REQUEST, reason)
     if options.dimensions > terms.hidden_size:
         raise Refused(RefusalCode.BAD_REQUEST, f"an embedding has {terms.hidden_size} dimensions")
     plain = JobOptions(inputs=options.inputs, dimensions=options.dimensions)

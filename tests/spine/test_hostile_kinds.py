@@ -95,6 +95,16 @@ async def test_a_vector_that_is_no_unit_vector_of_the_first_ones_size_is_neither
         assert vector not in seen and buyer.accounts.spent == 0
 
 
+async def test_no_more_is_embedded_at_once_than_a_payer_may_cost_that_vanishes() -> None:
+    async with Market() as market:
+        seller = await market.seller()
+        buyer = await market.buyer()
+        with pytest.raises(Refused, match="8192 tokens together"):
+            await run(buyer, spec(0, (5,) * 8_193, kind=JobKind.EMBED, options=JobOptions(inputs=(4_096, 4_096, 1))))
+        assert seller.engine.read == 0 and buyer.accounts.spent == 0
+        await run(buyer, spec(0, (5,) * 8_192, kind=JobKind.EMBED, options=JobOptions(inputs=(4_096, 4_096))))
+
+
 async def test_texts_that_hold_a_reasoning_marker_are_embedded_like_any_others() -> None:
     async with Market() as market:
         seller = await market.seller(engine=thinking(EngineTwin(), 3000, 3001))

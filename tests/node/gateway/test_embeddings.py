@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.gateway.embeddings import parse_embeddings
+from node.gateway.embeddings import job_batches, parse_embeddings
 from node.gateway.errors import ApiError
 from node.ports import JobFailed
 from protocol.errors import Refused
-from protocol.options import MAX_EMBED_INPUTS
+from protocol.options import EMBED_INCREMENT_TOKENS, MAX_EMBED_INPUTS
 from protocol.units import JobKind, Tier
 from tests.node.gateway.cards import card
 from tests.node.gateway.serving import Served, ids, serving, unchunked
@@ -87,6 +87,16 @@ async def test_many_texts_are_several_jobs_in_order() -> None:
         assert item.embedding == pytest.approx(floats(vector_of(ids(text), 4)))
     assert answer.usage.prompt_tokens == sum(len(ids(text)) for text in texts)
     assert len(answer.usage.model_extra["tally"]["jobs"]) == 3
+
+
+@given(lengths=st.lists(st.sampled_from([1, 300, 2_048, 8_192, 9_000]), min_size=1, max_size=80))
+def test_each_job_holds_what_may_be_lost_at_once_and_no_more(lengths: list[int]) -> None:
+    texts = [(number,) * length for number, length in enumerate(lengths)]
+    batches = job_batches(texts)
+    assert [ids for batch in batches for ids in batch] == texts
+    for batch in batches:
+        assert 1 <= len(batch) <= MAX_EMBED_INPUTS
+        assert len(batch) == 1 or sum(map(len, batch)) <= EMBED_INCREMENT_TOKENS
 
 
 async def test_a_limit_is_shared_by_the_jobs() -> None:
