@@ -194,7 +194,7 @@ class Exchange:
                     finish = "deadline"
                     break
                 except UpstreamError as exc:
-                    raise self._broken(exc, count) from exc
+                    raise self._broken(exc, count, charged=usage is not None) from exc
                 if not begun:
                     begun = True
                     self.jobs_outside += 1
@@ -203,10 +203,14 @@ class Exchange:
                 if ids:
                     yield JobTokens(ids, (_UNKNOWN,) * len(ids))
         if finish not in _FINISH:
-            raise self._broken(UpstreamError(f"it ended its answer without a proper end ({finish[:20]!r})"), count)
+            broken = UpstreamError(f"it ended its answer without a proper end ({finish[:20]!r})")
+            raise self._broken(broken, count, charged=usage is not None)
         yield self._done(plan.model, _FINISH[finish], usage or OutsideUsage(len(spec.prompt), count))
 
-    def _broken(self, exc: UpstreamError, shown: int) -> Exception:
+    def _broken(self, exc: UpstreamError, shown: int, *, charged: bool) -> Exception:
+        """`charged`: it said what it counts, so running the job elsewhere as well would be paying for it twice."""
+        if charged and not shown:
+            return JobFailed(f"{self._platform.host} gave no answer and charges for having tried: {exc}")
         if shown:
             return JobFailed(
                 f"{self._platform.host} broke off after part of its answer was shown, and may charge for it: {exc}"
@@ -266,7 +270,7 @@ def _text_prompt(spec: JobSpec, texts: Texts) -> str | None:
     """The prompt as text, a leading BOS left out; "" for a chat, None where control tokens in it cannot be said."""
     if spec.messages:
         return ""
-    ids = spec.prompt[1:] if spec.prompt[0] in texts.special else spec.prompt
+    ids = spec.prompt[1:] if spec.prompt[:1] and spec.prompt[0] in texts.special else spec.prompt
     if not ids or texts.special.intersection(ids):
         return None
     try:

@@ -98,7 +98,9 @@ class Writing:
         return [*out, token] if self.over else out
 
     def _likeliest(self, tops: Sequence[tuple[Named, float]]) -> tuple[tuple[int, bytes], ...]:
-        rows = [(name, pack_fp16([value])) for name, value in tops if isinstance(name, int)]
+        rows = [
+            (name, pack_fp16([value])) for name, value in tops if isinstance(name, int) and 0 <= name < self._texts.size
+        ]
         return tuple(rows[: self._alternatives])
 
     def _finish(self, reason: str) -> list[EngineToken]:

@@ -207,6 +207,23 @@ async def test_what_fails_outside_fails_by_type(changes: dict[str, Any], error: 
             assert inner.specs == []
 
 
+async def test_an_answer_without_text_that_is_charged_for_is_not_bought_a_second_time_here() -> None:
+    async with FakePlatform([priced("far/model", CHEAP, CHEAP)], pieces=(), finish="content_filter") as platform:
+        inner = FakeMarketplace(CARD, LOCAL)
+        async with exchange(platform, inner) as (market, _):
+            with pytest.raises(JobFailed, match="content_filter"):
+                await events_of(market, spec())
+            assert inner.specs == []
+
+
+async def test_an_empty_prompt_stays_here() -> None:
+    async with FakePlatform([priced("far/model", CHEAP, CHEAP)]) as platform:
+        inner = FakeMarketplace(CARD, LOCAL)
+        async with exchange(platform, inner) as (market, _):
+            await events_of(market, spec(messages=(), prompt=()))
+            assert platform.asked == [] and len(inner.specs) == 1
+
+
 async def test_without_usage_our_own_count_is_what_it_costs() -> None:
     async with FakePlatform([priced("far/model", CHEAP, CHEAP)], usage=None) as platform:
         async with exchange(platform, FakeMarketplace(CARD, LOCAL)) as (market, _):

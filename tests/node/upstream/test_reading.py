@@ -9,11 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from node.ports import EngineRequest
 from node.upstream.http import UpstreamError
+from node.upstream.probe import Abilities
 from node.upstream.reading import Piece, read_chunk
 from node.upstream.texts import Texts
+from node.upstream.writing import Writing
+from protocol.options import JobOptions
 from tests.node.gateway import cards
-from tests.node.upstream.words import encode, tokenizer_json
+from tests.node.upstream.words import EOS, encode, tokenizer_json
 
 TEXTS = Texts(tokenizer_json())
 OTHERS = {"metaspace": Texts(cards.metaspace_json()), "unigram": Texts(cards.unigram_json())}
@@ -124,3 +128,12 @@ def test_a_text_that_a_tokenizer_has_no_tokens_for_is_an_error() -> None:
     reader = OTHERS["unigram"].reader()
     with pytest.raises(UpstreamError, match="exactly"):
         reader.push("Ω")
+
+
+def test_alternatives_that_are_no_tokens_are_left_out() -> None:
+    """No frame has room for such an id, and no client takes it: a server's nonsense would cost its provider the job."""
+    request = EngineRequest((5, 6), bytes(32), 4, options=JobOptions(alternatives=5))
+    writing = Writing(request, Abilities("m", ids_out=True, alternatives=True), TEXTS, (EOS,))
+    tops = ((5, -0.5), (1 << 70, -0.6), (-1, -0.7), ("word", -0.8), (6, -0.9))
+    (token,) = writing.push(Piece("", (5,), (-0.5,), (tops,)))
+    assert [number for number, _ in token.alternatives] == [5, 6]
