@@ -17,7 +17,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
-from node.engine.decoder import Batch, Decoder, Forward, mlp
+from node.engine.decoder import Batch, Decoder, DecoderBase, Forward, mlp
 from node.engine.kernels import (
     MAX_HEAD_DIM,
     AttentionShape,
@@ -31,7 +31,7 @@ from node.engine.kernels import (
 )
 from node.engine.sampler import Draw, Sampler
 from node.engine.spec import ModelError, ModelSpec
-from node.engine.weights import Layer, Weights
+from node.engine.weights import Layer, Weights, load_weights
 from protocol.sampling import MICRO
 
 COMPILE: Final = ("off", "auto", "on")
@@ -73,6 +73,25 @@ def make_decoder(
     if kernels is None:
         return Decoder(spec, weights, slots, max_context, pool_blocks)
     return CompiledDecoder(spec, weights, slots, max_context, pool_blocks, kernels)
+
+
+def open_decoder(
+    model_dir: Path,
+    spec: ModelSpec,
+    dtype: str,
+    device: torch.device,
+    slots: int,
+    max_context: int,
+    pool_blocks: int,
+    kernels: Kernels | None,
+) -> DecoderBase:
+    """A directory's decoder with its weights: ours, or its transformers module. Raises: ModelError."""
+    if spec.module_parameters:
+        from node.engine.module_decoder import ModuleDecoder  # transformers takes seconds to import
+
+        return ModuleDecoder(model_dir, spec, dtype, device, slots, max_context, pool_blocks)
+    weights = load_weights(model_dir, spec, dtype, device, kernels)
+    return make_decoder(spec, weights, slots, max_context, pool_blocks, kernels)
 
 
 def make_sampler(vocab: int, hidden: int, device: torch.device, kernels: Kernels | None) -> Sampler:

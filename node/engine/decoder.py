@@ -11,6 +11,7 @@ by about 1e-5 in fp32, 1e-2 in bf16.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,24 +73,23 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
     return torch.where((wavelength <= low) & (wavelength >= high), between, scaled)
 
 
-class Decoder:
-    """Weights, KV slots (`kv`) and the forward pass. Used by one thread."""
+class DecoderBase(ABC):
+    """What the scheduler steps: KV slots (`kv`) and a forward pass over them. Used by one thread."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, slots: int, max_context: int, pool_blocks: int = 0) -> None:
+    def __init__(
+        self, spec: ModelSpec, slots: int, max_context: int, pool_blocks: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.spec, self.slots, self.max_context = spec, slots, max_context
-        self._weights = weights
-        self.device, self.dtype = weights.embed.device, weights.embed.dtype
-        self.kv = KvSlots(spec, slots, max_context, pool_blocks, self.dtype, self.device)
-        angles = torch.outer(torch.arange(max_context).float(), inverse_frequencies(spec.rope, spec.head_dim))
-        cos, sin = angles.cos(), angles.sin()
-        # [max_context, 1, head_dim]; the sine carries the sign of rotate_half, so that rotating is a roll
-        self._cos = torch.cat((cos, cos), -1).unsqueeze(1).to(self.device, self.dtype)
-        self._sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(self.device, self.dtype)
-        self._columns = torch.arange(max_context, device=self.device)
+        self.device, self.dtype = device, dtype
+        self.kv = KvSlots(spec, slots, max_context, pool_blocks, dtype, device)
 
+    @abstractmethod
+    def forward(self, batch: Batch) -> Forward:
+        """Run the batch, writing its keys and values."""
+
+    @abstractmethod
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, vocab] fp32."""
-        return self._weights.head.wide(hidden)
 
     def _pack(self, batch: Batch) -> torch.Tensor:
         """[3, rows] int64: token ids, slots and positions of all rows."""
@@ -101,6 +101,24 @@ class Decoder:
             slots += [part.slot] * len(part.ids)
             positions += range(part.start, part.start + len(part.ids))
         return torch.tensor([ids, slots, positions], device=self.device)
+
+
+class Decoder(DecoderBase):
+    """Our own forward pass of the architectures in spec.SUPPORTED."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, slots: int, max_context: int, pool_blocks: int = 0) -> None:
+        super().__init__(spec, slots, max_context, pool_blocks, weights.embed.dtype, weights.embed.device)
+        self._weights = weights
+        angles = torch.outer(torch.arange(max_context).float(), inverse_frequencies(spec.rope, spec.head_dim))
+        cos, sin = angles.cos(), angles.sin()
+        # [max_context, 1, head_dim]; the sine carries the sign of rotate_half, so that rotating is a roll
+        self._cos = torch.cat((cos, cos), -1).unsqueeze(1).to(self.device, self.dtype)
+        self._sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(self.device, self.dtype)
+        self._columns = torch.arange(max_context, device=self.device)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> [n, vocab] fp32."""
+        return self._weights.head.wide(hidden)
 
     def forward(self, batch: Batch) -> Forward:
         """Run the batch, writing its keys and values."""

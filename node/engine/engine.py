@@ -20,8 +20,8 @@ from typing import Final, Protocol
 import torch
 
 from node.engine.checks import check_inputs, check_request
-from node.engine.compiled import COMPILE, kernels_for, make_decoder, make_sampler
-from node.engine.decoder import Decoder
+from node.engine.compiled import COMPILE, kernels_for, make_sampler, open_decoder
+from node.engine.decoder import DecoderBase
 from node.engine.generation import RESUME_AT, EngineError, Generation, embedding
 from node.engine.grammar import Grammars
 from node.engine.memory import KV_BUDGET_BYTES, plan_memory
@@ -30,7 +30,7 @@ from node.engine.profile import profile_of, resolve_dtype, stored_parameters
 from node.engine.scheduler import Outcome, Scheduler, out_of_memory
 from node.engine.spec import ModelError, load_spec, weight_files
 from node.engine.waiting import queue_limit
-from node.engine.weights import TORCH_DTYPES, load_weights
+from node.engine.weights import TORCH_DTYPES
 from node.ports import EngineFull, EngineRequest, EngineStats, EngineToken, Urgency
 from protocol.errors import LocalProtocolError
 from protocol.messages import Profile
@@ -176,7 +176,7 @@ class TorchEngine:
         self._threads = threads or (1 if total < SINGLE_THREAD_PARAMETERS else torch.get_num_threads())
         self._grammars = Grammars(model_dir / "tokenizer.json", self._spec.vocab, self._spec.eos_ids)
         self._profile: Profile | None = None
-        self._decoder: Decoder | None = None
+        self._decoder: DecoderBase | None = None
         self._scheduler: Scheduler | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -361,8 +361,7 @@ class TorchEngine:
             with torch.inference_mode():
                 dtype, sizes = TORCH_DTYPES[self._dtype], (self._slots, memory.context, memory.pool_blocks)
                 kernels = kernels_for(self._compile, self._spec, dtype, self._device, self._threads, self._cache_dir)
-                weights = load_weights(self._model_dir, self._spec, self._dtype, self._device, kernels)
-                self._decoder = make_decoder(self._spec, weights, *sizes, kernels)
+                self._decoder = open_decoder(self._model_dir, self._spec, self._dtype, self._device, *sizes, kernels)
                 sampler = make_sampler(self._spec.vocab, self._spec.hidden, self._device, kernels)
                 scheduler = Scheduler(self._decoder, sampler, memory.saved_bytes)
                 scheduler.pace = self._warm_up(Scheduler(self._decoder, sampler))

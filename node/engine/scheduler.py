@@ -21,7 +21,7 @@ import torch
 
 from node.engine import adjust
 from node.engine.adjust import Adjustment
-from node.engine.decoder import Batch, Decoder, Segment
+from node.engine.decoder import Batch, DecoderBase, Segment
 from node.engine.generation import EngineError, Generation
 from node.engine.pace import Pace
 from node.engine.prefix_cache import PrefixCache
@@ -75,7 +75,7 @@ class Scheduler:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: DecoderBase,
         sampler: Sampler,
         saved_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,

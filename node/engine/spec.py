@@ -1,7 +1,8 @@
 """The shape of a decoder, read from a model directory's config.json. No torch here.
 
-One family is served: pre-norm decoders with RMSNorm, rotary positions, grouped-query attention and SiLU-gated MLPs,
-dense or mixture of experts. What differs inside the family is a field; what does not fit is refused by name.
+One family has a forward pass of ours: pre-norm decoders with RMSNorm, rotary positions, grouped-query attention and
+SiLU-gated MLPs, dense or mixture of experts. What differs inside the family is a field. Other architectures are
+described by module_spec.py and served through their transformers module; what does not fit there is refused by name.
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ class MoeSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One decoder. `window` 0: every token sees all before it. `max_positions`: tokens the model was made for."""
+    """One decoder. `window` 0: every token sees all before it. `max_positions`: tokens the model was made for.
+
+    `module_parameters`: entries of the layers' matrices of a model that its transformers module computes, which has no
+    `intermediate` or `rope` to speak of; 0 for one of SUPPORTED.
+    """
 
     architecture: str
     vocab: int
@@ -73,6 +78,7 @@ class ModelSpec:
     eos_ids: tuple[int, ...]
     rope: RopeSpec
     moe: MoeSpec | None
+    module_parameters: int = 0
 
     @property
     def qkv_rows(self) -> int:
@@ -91,6 +97,8 @@ class ModelSpec:
     @property
     def body_parameters(self) -> int:
         """Entries of the matrices one token is multiplied by in the layers: no embedding, norms or biases."""
+        if self.module_parameters:
+            return self.module_parameters
         attention = self.hidden * self.qkv_rows + self.heads * self.head_dim * self.hidden
         return self.layers * attention + self._mlp_parameters(active=True)
 
@@ -101,6 +109,8 @@ class ModelSpec:
     @property
     def idle_parameters(self) -> int:
         """Entries of experts that one token does not pass through."""
+        if self.module_parameters:
+            return 0
         return self._mlp_parameters(active=False) - self._mlp_parameters(active=True)
 
 
@@ -146,10 +156,12 @@ def load_spec(model_dir: Path) -> ModelSpec:
     config = read_json(path, "give the directory of a Hugging Face model")
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else "none"
-    if name not in SUPPORTED:
-        raise ModelError(f"{path}: architecture {name} is not supported; supported are {', '.join(SUPPORTED)}")
     if config.get("quantization_config") is not None:
         raise ModelError(f"{path}: quantised checkpoints are not supported; use the bf16 or fp32 weights")
+    if name not in SUPPORTED:
+        from node.engine.module_spec import module_spec  # transformers takes seconds to import
+
+        return module_spec(model_dir, name, eos_ids(model_dir, config))
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; supported is 'silu'")
     try:
@@ -175,7 +187,7 @@ def _spec(model_dir: Path, config: dict[str, Any], name: str) -> ModelSpec:
         qk_norm=name.startswith("Qwen3"),
         window=_window(config, name, layers),
         max_positions=int(config["max_position_embeddings"]),
-        eos_ids=_eos_ids(model_dir, config),
+        eos_ids=eos_ids(model_dir, config),
         rope=_rope(config),
         moe=_moe(config, name, layers),
     )
@@ -241,7 +253,7 @@ def _moe(config: dict[str, Any], name: str, layers: int) -> MoeSpec | None:
     return None
 
 
-def _eos_ids(model_dir: Path, config: dict[str, Any]) -> tuple[int, ...]:
+def eos_ids(model_dir: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """generation_config.json decides, config.json where that is silent."""
     value: Any = None
     path = model_dir / "generation_config.json"

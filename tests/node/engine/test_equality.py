@@ -91,7 +91,7 @@ async def test_honest_bf16_is_not_flagged(start_engine: StartEngine, model_dir: 
     assert max(gaps) < 2 * MARGIN_MILLI
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["dense", "llama", "qwen2", "qwen3", "mistral-window", "mixtral", "qwen3-moe"])
 def test_ste_formula_counts_what_torch_counts(name: str, model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     """Within 1 % of FlopCounterMode, token by token: the cached ones first, uncounted, then the rest."""
     directory = models.save(name, tmp_path / name, num_key_value_heads=6) if name == "qwen2" else model_dir(name)

@@ -130,7 +130,7 @@ async def test_a_model_that_does_not_fit_is_a_model_error(
     def no_memory(*args: object) -> None:
         raise RuntimeError(CPU_MESSAGE)
 
-    monkeypatch.setattr("node.engine.engine.load_weights", no_memory)
+    monkeypatch.setattr("node.engine.compiled.load_weights", no_memory)
     engine = TorchEngine(model_dir("llama"))
     with pytest.raises(ModelError, match="no memory for the weights, .* bytes of slots"):
         await engine.start()
