@@ -211,6 +211,11 @@ class EngineFull(TallyError):
     """No slot and no queue place is free, or the request can never fit; says which limit."""
 
 
+class UnfitRequest(TallyError):
+    """What the caller asked for turned out impossible while it ran, by no fault of the engine: a grammar that leads
+    nowhere. What was computed until then is the caller's loss."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A moment's load. `kv_bytes`: memory that KV slots and prefix cache take. `*_total`: since start.

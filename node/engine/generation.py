@@ -12,7 +12,7 @@ from node.engine.adjust import Adjustment
 from node.engine.grammar import Matcher
 from node.engine.kv import SavedKv
 from node.engine.sampler import Draw
-from node.ports import EngineRequest, Urgency
+from node.ports import EngineRequest, UnfitRequest, Urgency
 from protocol.errors import TallyError
 from protocol.options import JobOptions
 from protocol.units import LEAF_TOKENS, Digest
@@ -30,6 +30,10 @@ NO_SEED: Final = bytes(32)
 
 class EngineError(TallyError):
     """The engine stopped or failed while a stream was open. What was received stays valid; the rest will not come."""
+
+
+class GrammarEnds(EngineError, UnfitRequest):
+    """A stream's grammar cannot be followed any further."""
 
 
 class Generation:

@@ -22,7 +22,7 @@ import torch
 from node.engine import adjust
 from node.engine.adjust import Adjustment
 from node.engine.decoder import Batch, DecoderBase, Segment
-from node.engine.generation import EngineError, Generation
+from node.engine.generation import EngineError, Generation, GrammarEnds
 from node.engine.pace import Pace
 from node.engine.prefix_cache import PrefixCache
 from node.engine.sampler import FINGERPRINT_BYTES, Sampler
@@ -378,7 +378,7 @@ class Scheduler:
         adjustment, token_id = stream.adjustment, made.chosen[row]
         if adjustment is not None:
             if adjustment.error:
-                return EngineError(f"the grammar could not be followed any further: {adjustment.error}")
+                return GrammarEnds(f"the grammar could not be followed any further: {adjustment.error}")
             adjustment.take(token_id)
             stream.adjustment = None if adjustment.idle else adjustment
         stream.last = token_id

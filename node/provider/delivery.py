@@ -17,17 +17,18 @@ from typing import Final
 from incentives.ledger import AckReceived, JobClosed, ReceiptIssued, Role
 from node.crashpoints import crash_point, declare
 from node.jobstream import JobStream
-from node.ports import Clock, EngineToken, Store, StreamEnded, TokenStream
+from node.ports import Clock, EngineToken, Store, StreamEnded, TokenStream, UnfitRequest
 from node.provider.books import Books
 from node.whole import whole
 from protocol.eip712 import Domain, digest
-from protocol.errors import Overspend, RemoteProtocolError, UnexpectedFrame
+from protocol.errors import Overspend, Refused, RemoteProtocolError, UnexpectedFrame
 from protocol.frames import (
     Ack,
     Cancel,
     End,
     Frame,
     Receipt,
+    RefusalCode,
     TokenBatch,
     Tokens,
     VectorBatch,
@@ -112,7 +113,8 @@ class Delivery:
         return self._work
 
     async def run(self, tokens: TokenStream) -> FinishReason:
-        """Raises: RemoteProtocolError when the client broke the protocol, StoreError; the job is closed either way."""
+        """Raises: RemoteProtocolError when the client broke the protocol, Refused when what it asked for turned out
+        impossible, StoreError; the job is closed either way."""
         return await self._run(self._pump(tokens), self._deliver)
 
     async def run_vectors(self, vectors: Coroutine[None, None, tuple[bytes, ...]]) -> FinishReason:
@@ -135,6 +137,10 @@ class Delivery:
             self._client_failed = True
             detail = str(exc)
             raise
+        except UnfitRequest as exc:
+            self._client_failed = True  # else a grammar that breaks off before each receipt would buy all for nothing
+            detail = str(exc)
+            raise Refused(RefusalCode.BAD_REQUEST, detail) from exc
         finally:
             for task in (pump, reader):
                 task.cancel()

@@ -14,7 +14,16 @@ from msgspec import structs
 from incentives.ledger import Role
 from node.client.attempt import Attempt
 from node.jobstream import JobStream
-from node.ports import EngineRequest, JobFailed, JobStarted, JobTokens, JobVectors, NoProvider
+from node.ports import (
+    EngineRequest,
+    InsufficientFunds,
+    JobFailed,
+    JobStarted,
+    JobTokens,
+    JobVectors,
+    NoProvider,
+    UnfitRequest,
+)
 from protocol.errors import Refused
 from protocol.frames import Ack
 from protocol.options import JobOptions
@@ -116,6 +125,30 @@ async def test_texts_that_hold_a_reasoning_marker_are_embedded_like_any_others()
 
 
 # ------------------------------------------------------------------------------------------------- ends and failover
+
+
+class StuckEngine(EngineTwin):
+    """Finds after each 20 tokens that the grammar leads nowhere."""
+
+    async def _generate(self, request: EngineRequest) -> Any:
+        before = self.emitted
+        async for token in super()._generate(request):
+            if self.emitted > before + 20:
+                raise UnfitRequest("the grammar could not be followed any further")
+            yield token
+
+
+async def test_a_grammar_that_breaks_off_before_each_receipt_buys_nothing_for_long() -> None:
+    async with Market() as market:
+        seller, buyer = await market.seller(engine=StuckEngine()), await market.buyer()
+        with pytest.raises(InsufficientFunds):
+            for _ in range(8):
+                with pytest.raises(JobFailed, match="could not be followed"):
+                    await run(buyer, spec(64, tuple(range(10, 2_010)), private=True))
+                await idle(seller)
+        assert 2_000 <= seller.engine.read <= 4 * 2_000
+        (last, *_) = [job.closed for job in await seller.store.jobs(Role.PROVIDER)]
+        assert last is FinishReason.ERROR
 
 
 class EndlessEngine(EngineTwin):

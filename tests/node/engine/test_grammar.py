@@ -14,8 +14,7 @@ from tokenizers import Tokenizer
 
 from node.engine import grammar as grammar_module
 from node.engine.engine import TorchEngine
-from node.engine.generation import EngineError
-from node.ports import EngineRequest, EngineToken, Sampling
+from node.ports import EngineRequest, EngineToken, Sampling, UnfitRequest
 from protocol.options import JobOptions, Syntax
 from protocol.units import FinishReason
 from tests.node.engine import models
@@ -221,7 +220,7 @@ async def test_a_grammar_that_fails_midway_ends_its_stream_alone(
     matcher = stream._stream.matcher
     assert matcher is not None
     monkeypatch.setattr(type(matcher), "error", property(lambda self: "ParserTooComplex" if self is matcher else ""))
-    with pytest.raises(EngineError, match="ParserTooComplex"):
+    with pytest.raises(UnfitRequest, match="ParserTooComplex"):
         async for _ in stream:
             pass
     assert len(await neighbour) > 1
