@@ -147,6 +147,10 @@ def _check_inputs(terms: Terms, request: JobRequest, options: JobOptions) -> Non
         raise Refused(RefusalCode.BAD_REQUEST, reason)
     if options.dimensions > terms.hidden_size:
         raise Refused(RefusalCode.BAD_REQUEST, f"an embedding has {terms.hidden_size} dimensions")
+    if 4 * (options.dimensions or terms.hidden_size) > CHUNK_BYTES:
+        raise Refused(
+            RefusalCode.BAD_REQUEST, f"a vector travels with up to {CHUNK_BYTES // 4} dimensions; ask for those"
+        )
     plain = JobOptions(inputs=options.inputs, dimensions=options.dimensions)
     if options != plain:
         raise Refused(RefusalCode.BAD_REQUEST, "an embedding job has no sampling options")

@@ -114,6 +114,18 @@ async def test_no_more_is_embedded_at_once_than_a_payer_may_cost_that_vanishes()
         await run(buyer, spec(0, (5,) * 8_192, kind=JobKind.EMBED, options=JobOptions(inputs=(4_096, 4_096))))
 
 
+async def test_a_vector_that_no_frame_holds_is_refused_before_it_is_computed() -> None:
+    async with Market() as market:
+        engine = EngineTwin()
+        engine.hidden_size = 16_384
+        seller, buyer = await market.seller(engine=engine), await market.buyer()
+        with pytest.raises(Refused, match="up to 15360 dimensions"):
+            await run(buyer, texts(4))
+        assert engine.read == 0 and await seller.store.jobs(Role.PROVIDER) == []
+        _, done, _ = await run(buyer, texts(4, dimensions=16))
+        assert done.finish is FinishReason.STOP
+
+
 async def test_texts_that_hold_a_reasoning_marker_are_embedded_like_any_others() -> None:
     async with Market() as market:
         seller = await market.seller(engine=thinking(EngineTwin(), 3000, 3001))
