@@ -83,11 +83,12 @@ class Worker:
         sizes = largest if rival == "tally" else (largest[0], plan.prompt, plan.output)
         command = [sys.executable, "-m", "devnet.bench.engine_worker", rival, str(model_dir), str(scratch)]
         self.rival, self.threads = rival, threads
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
         self._process = subprocess.Popen(
             [*command, str(threads), plan.device, *map(str, sizes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._complaints,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)},
         )
         self._answers = selectors.DefaultSelector()
@@ -102,7 +103,7 @@ class Worker:
             self._process.stdin.write(json.dumps(what).encode() + b"\n")
             self._process.stdin.flush()
         except OSError as exc:
-            raise Missing(f"its process ended with status {self._process.poll()}") from exc
+            raise self._gone() from exc
         return self._read()
 
     def _read(self) -> Any:
@@ -112,14 +113,22 @@ class Worker:
             raise Missing(f"no answer within {ANSWER_S} s")
         line = self._process.stdout.readline()
         if not line:
-            raise Missing(f"its process ended with status {self._process.wait()}")
+            raise self._gone()
         answer = json.loads(line)
         if "missing" in answer:
             raise Missing(answer["missing"])
         return answer.get("value")
 
+    def _gone(self) -> Missing:
+        """With the last thing it said."""
+        status = self._process.wait()
+        self._complaints.seek(0)
+        lines = self._complaints.read().decode(errors="replace").split("\n")
+        return Missing(f"its process ended with status {status}: {next(filter(None, reversed(lines)), 'no word')}")
+
     def stop(self) -> None:
         """Idempotent."""
+        self._complaints.close()
         self._answers.close()
         self._process.kill()
         self._process.communicate()

@@ -163,17 +163,25 @@ class CompiledSampler(Sampler):
     def __init__(self, vocab: int, hidden: int, kernels: Kernels) -> None:
         super().__init__(vocab, hidden, torch.device("cpu"))
         self._kernels = kernels
+        self._rules: list[tuple[int, int, int]] = []
+        self._cuts = self._arrays([])
+
+    def _arrays(self, rules: Sequence[tuple[int, int, int]]) -> tuple[array[float], array[int], array[float]]:
+        """Temperature, top_k and top_p of each row, from (temperature_micro, top_p_micro, top_k)."""
+        return (
+            array("f", [temperature / MICRO for temperature, _, _ in rules]),
+            array("q", [top_k or self._vocab for _, _, top_k in rules]),
+            array("d", [top_p / MICRO if top_p < MICRO else NO_CUT for _, top_p, _ in rules]),
+        )
 
     def choose(self, logits: torch.Tensor, draws: Sequence[Draw], bias: torch.Tensor | None = None) -> torch.Tensor:
         """As the base."""
         if bias is not None:
             logits = logits + bias
-        arrays = DrawArrays(
-            keys=array("I", [word for draw in draws for word in draw.keys]),
-            temperature=array("f", [draw.temperature_micro / MICRO for draw in draws]),
-            top_k=array("q", [draw.top_k or self._vocab for draw in draws]),
-            top_p=array("d", [draw.top_p_micro / MICRO if draw.top_p_micro < MICRO else NO_CUT for draw in draws]),
-        )
+        rules = [(draw.temperature_micro, draw.top_p_micro, draw.top_k) for draw in draws]
+        if rules != self._rules:  # from step to step the streams are mostly the same
+            self._rules, self._cuts = rules, self._arrays(rules)
+        arrays = DrawArrays(array("I", [word for draw in draws for word in draw.keys]), *self._cuts)
         return self._kernels.choose(logits.contiguous(), arrays)
 
     def fingerprints(
