@@ -65,9 +65,9 @@ class PacedEngine(EngineTwin):
     def __init__(self, model_dir: Path, dtype: str = "auto", slots: int = 8, **_: Any) -> None:
         super().__init__(slots=slots, vocab_size=VOCABULARY)
         self.profile = replace(self.profile, tokenizer_hash=hashlib.sha256(tokenizer_json()).digest())
-        self.pace = self._held
+        self.pace = self._withheld
 
-    async def _held(self, index: int) -> None:
+    async def _withheld(self, index: int) -> None:
         while (hold := told("hold")) is not None and index >= hold:
             await asyncio.sleep(0.01)
 
