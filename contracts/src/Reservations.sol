@@ -204,7 +204,7 @@ contract Reservations is IReservations {
         Book storage book = _books[provider][profileId];
         Capacity memory terms = book.terms;
         if (rate == 0) revert ZeroRate();
-        if (periods < terms.minPeriods || periods > terms.maxPeriods) {
+        if (periods == 0 || periods < terms.minPeriods || periods > terms.maxPeriods) {
             revert TermNotSold(periods, terms.minPeriods, terms.maxPeriods);
         }
         uint256 last = first + periods;

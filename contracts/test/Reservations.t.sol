@@ -75,6 +75,9 @@ contract ReservationsTest is ReservationsFixture {
         tryBuy(0, period(), 2, type(uint96).max);
         vm.expectRevert(abi.encodeWithSelector(IReservations.TermNotSold.selector, 1, 2, 24));
         tryBuy(RATE, period(), 1, type(uint96).max);
+        vm.expectRevert(abi.encodeWithSelector(IReservations.TermNotSold.selector, 0, 0, 0));
+        vm.prank(BUYER);
+        reservations.buy(BUYER, PROFILE, RATE, period(), 0, KEY, type(uint96).max); // who never offered
         vm.expectRevert(abi.encodeWithSelector(IReservations.TermNotSold.selector, 25, 2, 24));
         tryBuy(RATE, period(), 25, type(uint96).max);
         vm.expectRevert(abi.encodeWithSelector(IReservations.OutsideHorizon.selector, 999, 1_001, 1_000, 1_512));

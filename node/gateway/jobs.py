@@ -78,7 +78,7 @@ class Prepared:
 class Purse:
     """What a gateway allows each request, and how it keeps their caches apart. `most`: wei, None for no limit here.
 
-    `secret`: drawn when the gateway starts, so a prompt cache that was asked for by key is lost when it stops.
+    `secret`: drawn when the gateway starts, so the prompt caches of its requests are lost to it when it stops.
     """
 
     most: Wei | None
@@ -90,9 +90,8 @@ class Purse:
         return min(limits, default=None)
 
     def cache_salt(self, terms: Terms, owner: str) -> bytes:
-        """Whose prompt cache a request shares: one per API key and `prompt_cache_key`, b"" for the common one."""
-        if not terms.cache_key:
-            return b""
+        """Whose prompt cache a request shares: one per API key and `prompt_cache_key`, so that no key of this gateway
+        can tell from its hits what another asked."""
         key = owner.encode() + b"\0" + terms.cache_key.encode("utf-8", "replace")
         return hashlib.sha256(b"tally/prompt-cache-key/1" + self.secret + key).digest()
 

@@ -39,7 +39,7 @@ def buy(state: State, sender: Address, order: ReservationOrder) -> None:
     terms = state.capacities.get(book, CapacityTerms(0, Wei(0), 0, 0))
     if order.rate == 0:
         raise ContractReverted("buy", "ZeroRate")
-    if not terms.min_periods <= order.periods <= terms.max_periods:
+    if order.periods == 0 or not terms.min_periods <= order.periods <= terms.max_periods:
         bounds: dict[str, object] = {"minPeriods": terms.min_periods, "maxPeriods": terms.max_periods}
         raise ContractReverted("buy", "TermNotSold", {"periods": order.periods, **bounds})
     last, earliest = order.first + order.periods, state.timestamp // PERIOD_S

@@ -10,7 +10,9 @@ import openai
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from node.gateway.jobs import Purse
 from node.gateway.limits import Limits
+from node.gateway.terms import Terms
 from node.gateway.text import ChatMessage, TextCodec
 from node.ports import ModelCard, NoProvider
 from protocol.options import JobOptions, Syntax
@@ -319,7 +321,16 @@ async def test_cache_keys_keep_caches_apart() -> None:
         for key in ("a", "a", "b", None):
             await ask(served, **({} if key is None else {"prompt_cache_key": key}))
     salts = [spec.cache_salt for spec in fake.specs]
-    assert salts[0] == salts[1] != salts[2] and len(salts[0]) == 32 and salts[3] == b""
+    assert salts[0] == salts[1] and len({salts[0], salts[2], salts[3]}) == 3
+    assert all(len(salt) == 32 for salt in salts)
+
+
+def test_no_api_key_can_tell_from_its_hits_what_another_asked() -> None:
+    purse = Purse(None, b"s" * 32)
+    for named in ("", "mine"):
+        terms = Terms(Tier.STANDARD, "default", cache_key=named)
+        assert purse.cache_salt(terms, "one") != purse.cache_salt(terms, "other")
+        assert purse.cache_salt(terms, "one") == purse.cache_salt(terms, "one")
 
 
 async def test_a_missed_promise_shows_its_refund() -> None:
@@ -347,5 +358,5 @@ async def test_no_terms_are_the_plain_ones() -> None:
         await ask(served)
     plain = fake.specs[0]
     assert (plain.kind, plain.tier, plain.private, plain.only) == (JobKind.GENERATE, Tier.STANDARD, False, frozenset())
-    assert (plain.reservation, plain.price_ceiling, plain.cache_salt) == (ZERO_DIGEST, None, b"")
+    assert (plain.reservation, plain.price_ceiling) == (ZERO_DIGEST, None)
     assert plain.options == JobOptions() and plain.deadline_s == 600.0
