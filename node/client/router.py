@@ -23,7 +23,7 @@ from incentives.prefixes import Prefixes
 from incentives.selection import MAX_QUOTES, Candidate, Needs, rank, rule_out
 from node.client.accounts import Accounts
 from node.client.attempt import Attempt, Parent, Tools
-from node.client.cards import fetch_card
+from node.client.catalogue import Catalogue
 from node.ports import (
     Clock,
     Directory,
@@ -126,7 +126,7 @@ class Router:
         self._clock = clock
         self._entropy = entropy
         self._tools = Tools(accounts, store, clock, entropy, settings.stall_s, Prefixes())
-        self._cards: dict[Digest, ModelCard] = {}
+        self._catalogue = Catalogue(transport, directory)
         self._penalties: dict[Address, tuple[int, float]] = {}  # failures, and when the last one was
         self._winding_down: set[asyncio.Task[None]] = set()
         self.jobs_done = 0
@@ -147,68 +147,16 @@ class Router:
     # ---------------------------------------------------------------------------------------------------- the market
 
     async def market(self) -> list[MarketEntry]:
-        """Live, verified offers known now, cheapest completion first."""
-        entries = [
-            MarketEntry(
-                checked.model,
-                Address(checked.offer.provider),
-                checked.peer_id,
-                checked.tariff,
-                checked.offer.slots,
-                checked.offer.load_bps,
-                checked.offer.max_context,
-                checked.offer.max_output,
-                checked.region,
-                checked.offer.expires_at,
-                Digest(checked.offer.profile_id),
-                Verifiability(checked.offer.verifiability),
-                checked.offer.base_bps,
-            )
-            for checked in self._directory.offers()
-        ]
-        return sorted(entries, key=lambda entry: (entry.model, entry.tariff.completion_price, entry.provider))
+        """See the Marketplace port."""
+        return self._catalogue.market()
 
     async def card(self, model: str) -> ModelCard:
-        """The card of the profile that serves `model`, with the longest context on offer. Raises: NoProvider."""
-        offers = await self._offers(model)
-        card = await self._fetched(model, offers)
-        # No hash binds the context: it is what each provider offers, not what whoever gave the card says.
-        longest = max(o.offer.max_context for o in offers if o.offer.profile_id == card.profile_id)
-        return replace(card, max_context=longest)
+        """See the Marketplace port."""
+        return await self._catalogue.card(model)
 
     async def card_of(self, profile: Digest) -> ModelCard:
         """The card of one profile on offer, where several serve one model's name. Raises: NoProvider."""
-        offers = [checked for checked in self._directory.offers() if checked.offer.profile_id == profile]
-        if not offers:
-            raise NoProvider(f"nobody offers profile 0x{profile.hex()}")
-        return await self._fetched(offers[0].model, offers)
-
-    async def _fetched(self, model: str, offers: list[CheckedOffer]) -> ModelCard:
-        """A card known, or fetched now, of one of the offers. Raises: NoProvider."""
-        reasons = []
-        for checked in offers:
-            known = self._cards.get(checked.offer.profile_id)
-            if known is not None:
-                return known
-        for checked in offers:
-            try:
-                card = await fetch_card(self._transport, checked)
-            except (TransportError, RemoteProtocolError) as exc:
-                reasons.append(f"0x{checked.offer.provider.hex()}: {exc}")
-                continue
-            self._cards[card.profile_id] = card
-            return card
-        raise NoProvider(f"nobody who offers {model!r} gave its tokenizer: " + "; ".join(reasons))
-
-    async def _offers(self, model: str) -> list[CheckedOffer]:
-        offers = [checked for checked in self._directory.offers() if checked.model == model]
-        if not offers:
-            await self._directory.refresh()
-            offers = [checked for checked in self._directory.offers() if checked.model == model]
-        if not offers:
-            known = sorted({checked.model for checked in self._directory.offers()})
-            raise NoProvider(f"no live offer for model {model!r}; offered now: {', '.join(known) or 'nothing'}")
-        return offers
+        return await self._catalogue.card_of(profile)
 
     # ------------------------------------------------------------------------------------------------------- one job
 
@@ -363,7 +311,7 @@ class Router:
         )
         offers = {
             Address(checked.offer.provider): checked
-            for checked in await self._offers(spec.model)
+            for checked in await self._catalogue.offers(spec.model)
             if Address(checked.offer.provider) not in progress.tried
         }
         candidates = [Candidate(checked.offer, checked.tariff) for checked in offers.values()]
