@@ -1,4 +1,4 @@
-"""Builds and calls kernels.c: the small operators of a forward pass and of sampling, fused, for the CPU.
+"""Builds and calls kernels.c and sampling.c: the small operators of a forward pass and of sampling, fused, for the CPU.
 
 The library is compiled by the system's C compiler for the processor at hand and kept in the caller's cache directory
 under a name that hashes all it depends on: source, compiler, flags, processor. A second start loads it and compiles
@@ -24,7 +24,7 @@ import torch
 
 from protocol.errors import TallyError
 
-SOURCE: Final = Path(__file__).with_name("kernels.c")
+SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "sampling.c", "kernels.h"))
 COMPILERS: Final = ("gcc", "cc", "clang")
 FLAGS: Final = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 """`-march=native`: the library is never moved to another machine. No -ffast-math: sums keep the order they are
@@ -162,7 +162,7 @@ def build(cache: Path) -> Path:
     """The compiled library, from `cache` or compiled into it. Raises: KernelsUnavailable."""
     compiler = _compiler()
     version = _run([compiler, "--version"])
-    parts = (SOURCE.read_text(), version, " ".join(FLAGS), _processor())
+    parts = (*(source.read_text() for source in SOURCES), version, " ".join(FLAGS), _processor())
     target = cache / f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
     try:
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -170,7 +170,8 @@ def build(cache: Path) -> Path:
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 made = Path(scratch) / target.name
-                _run([compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"])
+                sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+                _run([compiler, *FLAGS, "-o", str(made), *sources, "-lm"])
                 made.replace(target)  # whole or not at all, also when two nodes start at once
     except OSError as exc:
         raise KernelsUnavailable(f"{cache} cannot be written ({exc}): give another cache directory") from exc

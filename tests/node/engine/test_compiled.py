@@ -204,7 +204,7 @@ def test_source_that_does_not_compile_is_said_with_the_compilers_words(
 ) -> None:
     broken = tmp_path / "broken.c"
     broken.write_text("int f( {")
-    monkeypatch.setattr(kernels, "SOURCE", broken)
+    monkeypatch.setattr(kernels, "SOURCES", (broken,))
     with pytest.raises(KernelsUnavailable, match="error"):
         build(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
