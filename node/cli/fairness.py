@@ -158,7 +158,8 @@ def verify(ctx: click.Context, proof: Path, as_json: bool) -> None:
 def commit(session: Session, epoch: int, epoch_seconds: int, output: Path | None) -> None:
     """Sign the Merkle-sum root over the receipts this provider finished in EPOCH, for others to audit against.
 
-    Leaves are the final receipts that ended in the epoch, by end and then by job id.
+    Leaves are the final receipts that ended in the epoch, by end and then by job id. An epoch that is not over is
+    refused: what ended in it later would be missing under this provider's own signature.
     """
     from incentives.fairness import epoch_leaves
     from incentives.fault_json import SignedCommitment, encode_commitment
@@ -168,6 +169,7 @@ def commit(session: Session, epoch: int, epoch_seconds: int, output: Path | None
     from protocol import merkle
     from protocol.messages import Commitment
 
+    _over(epoch, epoch_seconds)
     config = session.load()
     own, _ = _journal(session, config)
     wallet = addresses(config.keys_dir).get("wallet")
@@ -185,6 +187,20 @@ def commit(session: Session, epoch: int, epoch_seconds: int, output: Path | None
     else:
         write_private(output, text)
         click.echo(f"wrote {output}: {len(leaves)} receipts, {root.total} wei", err=True)
+
+
+def _over(epoch: int, epoch_seconds: int) -> None:
+    """Raises: CommandFailed when the epoch still runs or is yet to come."""
+    from node.system import SystemClock
+
+    now = SystemClock().now_ms() // 1000
+    if now < (epoch + 1) * epoch_seconds:
+        newest = now // epoch_seconds - 1
+        raise CommandFailed(
+            f"epoch {epoch} is not over: a root signed now would leave out what still ends in it",
+            kept="nothing was signed",
+            do=f"the newest epoch that is over is {newest}" if newest >= 0 else "take shorter epochs: --epoch-seconds",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- input

@@ -107,6 +107,19 @@ def test_a_committed_root_closes_on_the_whole_epoch_only(tally: Tally, tmp_path:
     assert "signature" in tally("fairness", "audit", "--root", str(root)).stderr
 
 
+def test_an_epoch_that_is_not_over_is_not_signed(
+    tally: Tally, tmp_path: Path, sold: list[Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = (last(sold[0]).finished_at // 1000 // HOUR + 1) * HOUR
+    epoch, root = str(end // HOUR - 1), tmp_path / "root.json"
+    monkeypatch.setattr("node.system.SystemClock.now_ms", lambda _: end * 1000 - 1)
+    early = tally("fairness", "commit", epoch, "-o", str(root))
+    assert early.exit_code == 1 and not root.exists(), early.output
+    assert f"epoch {epoch} is not over" in early.stderr and f"that is over is {end // HOUR - 2}" in early.stderr
+    monkeypatch.setattr("node.system.SystemClock.now_ms", lambda _: end * 1000)
+    assert tally("fairness", "commit", epoch, "-o", str(root)).exit_code == 0
+
+
 def served(slow: int) -> list[Bundle]:
     """Twelve jobs of each of two payers in one hour, alike but for the time to the first token."""
     out = []
