@@ -82,7 +82,11 @@ def batch(
     found = read_batch(file)
     _tell_bad(found, as_json)
     if dry_run:
-        return _show(run_to_end(_priced(session, config, found, concurrency)), as_json, _price_lines)
+        priced = run_to_end(_priced(session, config, found, concurrency))
+        _show(priced, as_json, _price_lines)
+        if priced["invalid"] or priced["refused"]:
+            raise click.exceptions.Exit(1)
+        return
     out = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.out.jsonl")
     err = errors or file.with_name(f"{file.name.removesuffix('.jsonl')}.errors.jsonl")
     if len({file.resolve(), out.resolve(), err.resolve()}) < 3:
@@ -95,16 +99,17 @@ def batch(
         raise click.exceptions.Exit(stop.code)
     if summary["failed"] or summary["invalid"] or summary["left"]:
         raise click.exceptions.Exit(1)
-    return None
+    return
 
 
 async def _priced(session: Session, config: NodeConfig, found: BatchFile, concurrency: int) -> dict[str, Any]:
     from node.cli.batchrun import prices
 
     async with _sender(session, config) as send:
-        least, most, unpriced = await prices(found, found.lines, send, concurrency)
-    counts = {"lines": len(found.lines), "invalid": len(found.bad), "unpriced": unpriced}
-    return {**counts, "least_wei": str(least), "most_wei": str(most)}
+        priced = await prices(found, found.lines, send, concurrency)
+    counts = {"lines": len(found.lines), "invalid": len(found.bad), "unpriced": priced.unpriced}
+    refused = [{"line": number, "message": message} for number, message in priced.refused]
+    return {**counts, "refused": refused, "least_wei": str(priced.least), "most_wei": str(priced.most)}
 
 
 async def _run(
@@ -236,18 +241,20 @@ def _show(value: dict[str, Any], as_json: bool, lines: Any) -> None:
 
 
 def _summary_lines(found: dict[str, Any]) -> list[str]:
-    skipped = f", {found['skipped']} of them before this run" if found["skipped"] else ""
+    skipped = f"; {found['skipped']} were finished before this run" if found["skipped"] else ""
     lines = [
-        f"{found['done']} of {found['lines']} lines answered{skipped}; {found['failed']} failed, "
-        f"{found['left']} left, {found['invalid']} invalid",
+        f"{found['done']} of {found['lines']} lines answered, {found['failed']} failed, "
+        f"{found['left']} left, {found['invalid']} invalid{skipped}",
         f"{found['prompt_tokens']} + {found['completion_tokens']} tokens, {money.amount(int(found['cost_wei']))}"
         + (f", refunds {money.amount(int(found['refund_wei']))}" if found["refund_wei"] != "0" else ""),
-        f"answers in {found['output']}",
     ]
-    if found["failed"] or found["invalid"] or found["left"]:
+    if found["done"]:
+        lines.append(f"answers in {found['output']}")
+    if Path(found["errors"]).exists():
         lines.append(f"errors in {found['errors']}")
     if found["unsettled_lines"]:
-        lines.append(f"{found['unsettled_lines']} lines ran when an earlier run was killed; `tally receipts list`")
+        killed = f"{found['unsettled_lines']} lines ran when an earlier run was killed"
+        lines.append(f"{killed}; `tally receipts list` shows what that cost")
     if found["why_left"]:
         lines.append(f"stopped: {found['why_left']}")
     if found["left"]:
@@ -257,8 +264,11 @@ def _summary_lines(found: dict[str, Any]) -> list[str]:
 
 def _price_lines(found: dict[str, Any]) -> list[str]:
     least, most = (money.amount(int(found[name])) for name in ("least_wei", "most_wei"))
+    refused = found["refused"]
     lines = [
-        f"{found['lines']} valid lines, {found['invalid']} invalid",
+        *(f"line {line['line']}: {line['message']}" for line in refused[:BAD_SHOWN]),
+        *([f"and {len(refused) - BAD_SHOWN} more that would be refused"] if len(refused) > BAD_SHOWN else []),
+        f"{found['lines'] - len(refused)} valid lines, {found['invalid'] + len(refused)} invalid",
         f"at most {least} with the cheapest offers that can take each line, {most} with the dearest",
     ]
     if found["unpriced"]:

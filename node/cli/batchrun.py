@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
+from node.cli import money
 from node.cli.batchbook import Book, cost_of
 from node.cli.batchfile import BatchFile, Line
 from node.cli.failures import CommandFailed
@@ -146,7 +147,8 @@ class Batch:
                     self._reserved[line.custom_id] = min(room, most)
                     return Wei(min(room, most))
                 if not self._reserved:
-                    self.stop(f"the next line could cost {least} wei, and {max(0, room)} are left of --max-cost")
+                    left = money.amount(max(0, room))
+                    self.stop(f"the next line could cost {money.amount(least)}, and {left} is left of --max-cost")
                     self._freed.notify_all()
                     break
                 await self._freed.wait()
@@ -202,26 +204,40 @@ class Batch:
         return hashlib.sha256(named.encode("utf-8", "replace")).hexdigest()
 
 
-async def prices(batch: BatchFile, lines: Sequence[Line], send: Send, concurrency: int) -> tuple[int, int, int]:
-    """(least, most, unpriced): the worst cases of all lines, in wei, and how many lines no offer can take now.
+@dataclass(slots=True)
+class Prices:
+    """The worst cases of all lines that have one, in wei. `unpriced`: how many no offer can take now.
 
-    Raises: CommandFailed when the gateway refuses to say.
+    `refused`: (line number, why) of those that would be refused however often they are sent.
     """
+
+    least: int = 0
+    most: int = 0
+    unpriced: int = 0
+    refused: list[tuple[int, str]] = field(default_factory=list)
+
+
+async def prices(batch: BatchFile, lines: Sequence[Line], send: Send, concurrency: int) -> Prices:
+    """Raises: CommandFailed when the gateway cannot say."""
     slots = asyncio.Semaphore(concurrency)
 
-    async def one(line: Line) -> tuple[int, int, int]:
+    async def one(line: Line) -> Reply:
         async with slots:
-            reply = await send(line.url, dry(batch.body(line)), "")
-        if reply.status != 200:
-            raise CommandFailed(
-                f"line {line.number} cannot be priced: {reply.error.get('message', reply.status)}",
-                kept="nothing was sent or paid",
-            )
-        least, most = reply.body.get("least_wei"), reply.body.get("most_wei")
-        return (0, 0, 1) if least is None or most is None else (int(least), int(most), 0)
+            return await send(line.url, dry(batch.body(line)), "")
 
-    found = await asyncio.gather(*(one(line) for line in lines))
-    return sum(f[0] for f in found), sum(f[1] for f in found), sum(f[2] for f in found)
+    found = Prices()
+    for line, reply in zip(lines, await asyncio.gather(*(one(line) for line in lines)), strict=True):
+        said = str(reply.error.get("message", reply.status))
+        if reply.status in _FINAL:
+            found.refused.append((line.number, said))
+        elif reply.status != 200:
+            raise CommandFailed(f"line {line.number} cannot be priced: {said}", kept="nothing was sent or paid")
+        elif reply.body.get("least_wei") is None:
+            found.unpriced += 1
+        else:
+            found.least += int(reply.body["least_wei"])
+            found.most += int(reply.body["most_wei"])
+    return found
 
 
 def dry(body: dict[str, Any]) -> dict[str, Any]:

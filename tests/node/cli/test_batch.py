@@ -130,6 +130,31 @@ def test_a_dry_run_prices_the_worst_case_and_writes_nothing(tally: Tally, play: 
     assert market.specs == [] and sorted(path.name for path in tmp_path.glob("in*")) == ["in.jsonl"]
 
 
+def test_a_dry_run_names_the_lines_that_would_be_refused_and_prices_the_rest(
+    tally: Tally, play: Play, tmp_path: Path
+) -> None:
+    play(*HELLO)
+    stranger = line("b", body=CHAT | {"model": "nobody-sells-it"})
+    file = write(tmp_path / "in.jsonl", line("a"), stranger, line("c"))
+    result = tally("batch", str(file), "--dry-run", "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1 and [refused["line"] for refused in found["refused"]] == [2]
+    assert int(found["least_wei"]) > 2 * 50
+    text = tally("batch", str(file), "--dry-run").stdout
+    assert "line 2: The model 'nobody-sells-it'" in text and "2 valid lines, 1 invalid" in text
+
+
+def test_a_summary_names_only_files_that_are_there(tally: Tally, play: Play, tmp_path: Path) -> None:
+    play(*HELLO)
+    nothing = tally("batch", str(write(tmp_path / "none.jsonl"))).stdout
+    assert "0 of 0 lines answered" in nothing and "answers in" not in nothing and "errors in" not in nothing
+    bad = write(tmp_path / "bad.jsonl", line("a"), line("b", body=CHAT | {"model": "nobody-sells-it"}))
+    tally("batch", str(bad))
+    again = tally("batch", str(bad)).stdout
+    assert "1 of 2 lines answered, 1 failed, 0 left, 0 invalid; 2 were finished before this run" in again
+    assert "answers in" in again and "errors in" in again
+
+
 def test_the_budget_holds_for_all_runs_together(tally: Tally, play: Play, tmp_path: Path) -> None:
     market = play(*HELLO)
     file = write(tmp_path / "in.jsonl", *(line(str(number)) for number in range(20)))
@@ -305,7 +330,7 @@ async def test_a_budget_is_never_overspent_by_lines_that_run_at_once(tmp_path: P
     batch, gateway = batch_of(tmp_path, 10), Gateway()
     book, runner = await run(batch, tmp_path, gateway, concurrency=8, most=42)
     # 5 wei each, 20 at worst: a line is sent as long as its cheapest worst case of 10 fits what is left.
-    assert book.totals.cost == 35 and len(runner.waiting) == 3 and "7 are left" in runner.why
+    assert book.totals.cost == 35 and len(runner.waiting) == 3 and "000007 TALLY is left" in runner.why
 
 
 async def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
