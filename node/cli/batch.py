@@ -172,7 +172,7 @@ async def _sender(session: Session, config: NodeConfig) -> AsyncIterator[Send]:
 
     from node.cli.oneshot import endpoint, own_key
 
-    async with endpoint(session.control(), config, own_price=False) as url:
+    async with endpoint(session.control(), config) as url:
         headers = {"Authorization": f"Bearer {own_key(config.home)}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         connector = aiohttp.TCPConnector(limit=0)

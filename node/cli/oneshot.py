@@ -36,6 +36,15 @@ KEY_NAME: Final = "tally-run"
 POLL_S: Final = 0.5
 """How often the journal is asked what was paid so far. Unit: s. An increment of 32 tokens takes about as long."""
 
+_NEXT: Final = {
+    "model_not_found": "`tally market` shows what is on offer",
+    "no_provider": "`tally market` shows what is on offer",
+    "tier_not_offered": "`tally market --tier` shows who sells which",
+    "price_ceiling": "`tally market --job PROMPT:OUTPUT` prices it everywhere; --max-price and --max-tokens bound it",
+    "insufficient_funds": "`tally wallet show` shows balance and channels",
+}
+"""What to do about a refusal, by the gateway's error code; of the others its own text says it."""
+
 CLOSE_S: Final = 8.0
 """How long a cancelled job may take to be receipted. Unit: s. The client itself gives up after 5."""
 
@@ -98,18 +107,20 @@ def summary(answer: Answer) -> str:
     parts = [f"{answer.tokens} tokens", f"{answer.rate:.1f} tok/s", money.amount(answer.cost), short(answer.provider)]
     if answer.receipts:
         parts.append("receipt " + ", ".join(digest[:12] for digest in answer.receipts))
+    elif answer.usage:
+        parts.append("no receipt")
     return "  ".join(parts)
 
 
-async def one_shot(session: Session, config: NodeConfig, ask: Ask, screen: Screen, *, own_price: bool) -> Answer:
-    """Send it and stream the answer to `screen`. `own_price`: the user set a price for this answer alone.
+async def one_shot(session: Session, config: NodeConfig, ask: Ask, screen: Screen) -> Answer:
+    """Send it and stream the answer to `screen`.
 
     Cancelling pays what was delivered and says so on stderr. Raises: CommandFailed, and what starting a client raises.
     """
     import aiohttp
 
     control = session.control()
-    async with endpoint(control, config, own_price=own_price) as url:
+    async with endpoint(control, config) as url:
         headers = {"Authorization": f"Bearer {own_key(config.home)}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         async with aiohttp.ClientSession(headers=headers, timeout=timeout, read_bufsize=1 << 20) as http:
@@ -133,7 +144,7 @@ async def one_shot(session: Session, config: NodeConfig, ask: Ask, screen: Scree
 
 
 @asynccontextmanager
-async def endpoint(control: ControlClient, config: NodeConfig, *, own_price: bool) -> AsyncIterator[str]:
+async def endpoint(control: ControlClient, config: NodeConfig) -> AsyncIterator[str]:
     """The URL (ending in /v1) of the gateway that runs here, else of one of our own on a free port."""
     from node.gateway.control import ControlUnavailable
 
@@ -151,12 +162,6 @@ async def endpoint(control: ControlClient, config: NodeConfig, *, own_price: boo
             f"the node that runs in {config.home} is a {status.get('role', 'node')}, and one home holds one node",
             kept="nothing was sent or paid",
             do="buy from another home: tally --home OTHER ...",
-        )
-    if own_price:
-        raise CommandFailed(
-            "a gateway runs in this home, and its own price limit holds for all requests",
-            kept="nothing was sent or paid",
-            do="restart it with `tally gateway run --max-price`, or stop it and run this again",
         )
     yield str(status["url"]).replace("//0.0.0.0:", "//127.0.0.1:")
 
@@ -203,7 +208,8 @@ async def _json(response: aiohttp.ClientResponse) -> dict[str, Any]:
 def _refuse(answer: Any) -> None:
     error = answer.get("error") if isinstance(answer, dict) else None
     said = error.get("message") if isinstance(error, dict) else None
-    raise CommandFailed(str(said or "the gateway refused without a reason"), do="`tally market` shows what is on offer")
+    code = str(error.get("code")) if isinstance(error, dict) else ""
+    raise CommandFailed(str(said or "the gateway refused without a reason"), do=_NEXT.get(code, ""))
 
 
 async def _stream(http: aiohttp.ClientSession, url: str, body: dict[str, Any], answer: Answer, screen: Screen) -> None:

@@ -286,6 +286,17 @@ async def _find(chain: Web3Chain, me: Address, text: str) -> ReservationRecord:
     return found[0]
 
 
+def whole_id(session: Session, text: str) -> str:
+    """A reservation's id as it is, or that of this wallet's one that begins so. Raises: CommandFailed, ChainError."""
+    if re.fullmatch(r"0x[0-9a-fA-F]{64}", text):
+        return text
+
+    async def act(chain: Web3Chain, me: Signer) -> str:
+        return hexed((await _find(chain, me.address, text)).id)
+
+    return on_chain(session, need_wallet(session), act)
+
+
 # --------------------------------------------------------------------------------------------------- what a holder does
 
 

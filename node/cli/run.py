@@ -72,6 +72,7 @@ def run(
     if raw and system:
         raise click.UsageError("--system needs the chat template that --raw leaves out")
     from node.cli.oneshot import Ask, one_shot, summary
+    from node.cli.reservation import whole_id
     from node.cli.running import Stop
     from node.cli.running import run as run_to_end
     from node.cli.screen import screen_for
@@ -84,13 +85,18 @@ def run(
     )
     session.log(config, serving=False)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "min_tokens": min_tokens}
-    terms = {"tier": tier, "reservation": reservation, "private": private or None}
+    terms = {
+        "tier": tier,
+        "reservation": None if reservation is None else whole_id(session, reservation),
+        "private": private or None,
+        "max_price": max_price,
+    }
     body = {"model": model, **sampling, "response_format": _format(json_schema), "x_tally": _given(terms)}
     path, prompted = _asked(text, system, raw=raw)
     ask = Ask(path, {**_given(body), **prompted})
     screen = screen_for(quiet=as_json or not stream)
     stop = Stop("cancelling: paying for what was delivered")
-    answer = run_to_end(one_shot(session, config, ask, screen, own_price=max_price is not None), stop)
+    answer = run_to_end(one_shot(session, config, ask, screen), stop)
     if as_json:
         emit(answer.as_json())
     elif not stream:

@@ -18,5 +18,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def short(hexadecimal: str, digits: int = 8) -> str:
-    """`0x1234567890...` -> `0x12345678…`."""
-    return hexadecimal if len(hexadecimal) <= digits + 3 else hexadecimal[: digits + 2] + "…"
+    """`0x1234567890...` -> `0x12345678…`; whatever else, such as `exchange:HOST`, as it is."""
+    whole = len(hexadecimal) <= digits + 3 or not hexadecimal.startswith("0x")
+    return hexadecimal if whole else hexadecimal[: digits + 2] + "…"

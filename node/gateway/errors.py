@@ -16,7 +16,7 @@ from node.gateway.vocabulary import CardUnusable
 from node.ports import InsufficientFunds, JobFailed, NoProvider
 from protocol.errors import Refused, TallyError, TierNotOffered
 from protocol.frames import RefusalCode
-from protocol.units import FinishReason
+from protocol.units import WEI_PER_TALLY, FinishReason
 
 BUSY_RETRY_S: Final = 2
 """What 429 and 503 answers ask for as Retry-After. Unit: seconds. A slot frees within one short answer."""
@@ -89,10 +89,17 @@ class ApiError(Exception):
         """This error after something was delivered: it says so, and no client is to try again by itself."""
         if not delivered.anything:
             return self
-        said = f"{self.message} {delivered.completion_tokens} tokens had been delivered and cost {delivered.cost} wei."
+        paid = in_tally(delivered.cost)
+        said = f"{self.message} {delivered.completion_tokens} tokens had been delivered and cost {paid}."
         return ApiError(
             self.status, self.type, self.code, said, self.param, retry=False, retry_after_s=None, delivered=delivered
         )
+
+
+def in_tally(wei: int) -> str:
+    """`1500000000000000000` -> `1.5 TALLY`: the unit that `x_tally.max_price` is in. Exact."""
+    whole, rest = divmod(wei, WEI_PER_TALLY)
+    return f"{whole}.{rest:018d}".rstrip("0").rstrip(".") + " TALLY"
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
@@ -112,8 +119,13 @@ def too_busy(message: str) -> ApiError:
 
 def model_not_found(model: str, reason: str) -> ApiError:
     """404: nobody offers the model."""
-    said = f"The model {model!r} is not on offer: {reason} Nothing was sent or paid. GET /v1/models lists what is."
+    said = f"The model {model!r} is not on offer: {_sentence(reason)} Nothing was sent or paid."
+    said = f"{said} GET /v1/models lists what is."
     return ApiError(404, "invalid_request_error", "model_not_found", said, "model")
+
+
+def _sentence(said: str) -> str:
+    return said if said.endswith((".", "!", "?")) else f"{said}."
 
 
 def context_exceeded(prompt_tokens: int, max_context: int, param: str) -> ApiError:
@@ -144,13 +156,14 @@ def from_tally(exc: TallyError) -> ApiError:
     """The answer to an error of the marketplace or of a model card, before anything was delivered."""
     if isinstance(exc, Refused):
         status, kind, code = _REFUSALS.get(exc.code, (503, "server_error", "provider_refused"))
-        said = f"The job was refused ({exc.code}): {exc.reason}"
+        said = f"The job was refused ({exc.code}): {_sentence(exc.reason)} Nothing was paid for it."
         after = BUSY_RETRY_S if status in (429, 503) else None
         return ApiError(status, kind, code, said, retry=False if status == 409 else None, retry_after_s=after)
     if isinstance(exc, InsufficientFunds):
         return ApiError(402, "insufficient_quota", "insufficient_funds", str(exc))
     if isinstance(exc, NoProvider):
-        return ApiError(503, "server_error", "no_provider", str(exc), retry_after_s=BUSY_RETRY_S)
+        said = f"{_sentence(str(exc))} Nothing was paid for it."
+        return ApiError(503, "server_error", "no_provider", said, retry_after_s=BUSY_RETRY_S)
     if isinstance(exc, JobFailed):
         return ApiError(503, "server_error", "job_failed", str(exc))
     if isinstance(exc, TierNotOffered):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from node.gateway.errors import ApiError, invalid
+from node.gateway.errors import ApiError, in_tally, invalid
 from node.ports import JobSpec, MarketEntry
 from protocol.tariff import Basis, tier_terms, worst_case_up
 from protocol.units import BPS, ZERO_DIGEST, Digest, JobKind, Tier, Wei
@@ -39,8 +39,8 @@ def price_up(entries: Sequence[MarketEntry], spec: JobSpec, profile: Digest) -> 
         return Price()
     ceiling = spec.price_ceiling
     if ceiling is not None and min(costs) > ceiling:
-        said = f"The job could cost {min(costs)} wei, above the limit of {ceiling}. Nothing was sent or paid."
-        said = f"{said} Ask for fewer tokens, or allow more."
+        said = f"The job could cost {in_tally(min(costs))}, above the limit of {in_tally(ceiling)}."
+        said = f"{said} Nothing was sent or paid. Ask for fewer tokens, or allow more."
         return Price(objection=ApiError(402, "insufficient_quota", "price_ceiling", said))
     return Price(len(costs), Wei(min(costs)), Wei(max(cost for cost in costs if ceiling is None or cost <= ceiling)))
 

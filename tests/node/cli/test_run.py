@@ -213,8 +213,18 @@ def test_a_gateway_that_runs_here_is_used(tally: Tally, running: FakeMarketplace
     result = tally("run", "hi")
     assert result.exit_code == 0 and result.stdout == "hello world\n", result.output
     assert len(running.specs) == 1
-    refused = tally("run", "hi", "--max-price", "0.01")
-    assert refused.exit_code == 1 and "gateway run --max-price" in refused.stderr
+    assert tally("run", "hi", "--max-price", "0.01").exit_code == 0
+    assert running.specs[-1].price_ceiling == 10**16
+    wrong = tally("run", "hi", "--max-price", "much")
+    assert wrong.exit_code == 1 and "'much' is no decimal number" in wrong.stderr and len(running.specs) == 2
+
+
+def test_what_to_do_next_fits_what_went_wrong(tally: Tally, play: Play) -> None:
+    play(*HELLO)
+    stranger = tally("run", "hi", "--model", "nobody-sells-it").stderr
+    assert "tally market" in stranger and ". Nothing was sent" in stranger
+    wrong = tally("run", "hi", "--max-tokens", "5", "--min-tokens", "9").stderr
+    assert "min_tokens" in wrong and "tally market" not in wrong
 
 
 @pytest.mark.parametrize("prompt", [[], [""], ["-"]])

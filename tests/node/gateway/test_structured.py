@@ -304,6 +304,7 @@ async def test_a_request_cannot_raise_the_gateways_limit() -> None:
             await ask(served, extra_body={"x_tally": {"max_price": "0.000000000000000003"}})
     assert [spec.price_ceiling for spec in fake.specs] == [10**9, 3]
     assert (caught.value.status_code, caught.value.code) == (402, "price_ceiling")
+    assert "above the limit of 0.000000000000000003 TALLY." in caught.value.message
 
 
 async def test_a_tier_that_nobody_sells_is_a_bad_request() -> None:
