@@ -56,9 +56,17 @@ def on_chain(session: Session, config: NodeConfig, act: Callable[[Web3Chain, Sig
 
     async def work() -> T:
         from node.app import wallet_chain
+        from node.chain.errors import ContractReverted
+        from node.cli.refusals import plainly
 
         async with wallet_chain(config) as (chain, me):
-            return await act(chain, me)
+            try:
+                return await act(chain, me)
+            except ContractReverted as exc:
+                said = plainly(exc, await chain.period_seconds())
+                if said is None:
+                    raise
+                raise CommandFailed(said[0], kept="nothing was moved", do=said[1]) from exc
 
     done: T = run_quietly(session, config, work())
     return done

@@ -12,6 +12,7 @@ from node.cli import money
 from node.cli.failures import CommandFailed
 from node.cli.onchain import confirm, need_wallet, on_chain, run_quietly, session_key, tell, transact, yes_option
 from node.cli.params import Amount, WalletAddress
+from node.cli.refusals import rate_text, when
 from node.cli.session import Session, emit, hexed, json_option, pass_session
 from node.cli.tables import short, table
 from node.config_values import duration, price
@@ -139,7 +140,7 @@ def buy(
         first = now // length + 1 if start is None else start // length
         periods = -(-((start or 0) % length + term) // length)
         cost = Wei(per_period_up(rate, length, terms.price) * periods)
-        said = f"reserve {_rate(rate)} STE/s from {_time(first * length)} to {_time((first + periods) * length)}"
+        said = f"reserve {rate_text(rate)} STE/s from {when(first * length)} to {when((first + periods) * length)}"
         confirm(yes, f"{said} for {money.amount(cost)}, with {hexed(seller)}")
         user = client or (await session_key(config)).address
         limit = cost if max_cost is None else max_cost
@@ -225,8 +226,8 @@ def show(session: Session, reservation_id: str, as_json: bool) -> None:
         return
     for name in ("reservation", "provider", "profile", "holder", "session"):
         click.echo(f"{name:<12}{facts[name] or 'nobody'}")
-    click.echo(f"rate        {_rate(facts['rate_micro'])} STE/s")
-    click.echo(f"term        {_time(facts['start'])} to {_time(facts['end'])} ({facts['state']})")
+    click.echo(f"rate        {rate_text(facts['rate_micro'])} STE/s")
+    click.echo(f"term        {when(facts['start'])} to {when(facts['end'])} ({facts['state']})")
     click.echo(
         f"price       {money.amount(int(facts['price_wei']))}, of which earned {money.amount(int(facts['earned_wei']))}"
     )
@@ -261,9 +262,9 @@ def _row(facts: dict[str, Any]) -> tuple[str, ...]:
         facts["reservation"][:18],
         facts["side"],
         short(facts["provider"]),
-        _rate(facts["rate_micro"]),
-        _time(facts["start"]),
-        _time(facts["end"]),
+        rate_text(facts["rate_micro"]),
+        when(facts["start"]),
+        when(facts["end"]),
         facts["state"],
         money.tally(int(facts["price_wei"])),
         short(facts["session"] or "-"),
@@ -382,7 +383,7 @@ def offer(
     """
     config = need_wallet(session)
     profile_id = run_quietly(session, config, _own_profile(session, profile_text))
-    confirm(yes, f"sell up to {_rate(capacity)} STE/s at {money.per_million(per_ste)} TALLY per million STE")
+    confirm(yes, f"sell up to {rate_text(capacity)} STE/s at {money.per_million(per_ste)} TALLY per million STE")
 
     async def act(chain: Web3Chain, _: Signer) -> Mined:
         from incentives.reservation import HORIZON
@@ -450,14 +451,3 @@ def claim(session: Session, as_json: bool) -> None:
         return await chain.claim_reservation(me.address, rights)
 
     transact(session, config, act, as_json)
-
-
-def _rate(micro: int) -> str:
-    """`2500000` -> `2.5`."""
-    whole, rest = divmod(micro, 10**_MICRO_DIGITS)
-    decimals = f"{rest:0{_MICRO_DIGITS}d}".rstrip("0")
-    return f"{whole}{'.' + decimals if decimals else ''}"
-
-
-def _time(timestamp: int) -> str:
-    return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d %H:%MZ")

@@ -19,6 +19,7 @@ from devnet.anvil import Anvil
 from devnet.deploy import fund
 from node.chain import Deployment
 from node.cli.main import cli
+from node.cli.refusals import span
 from node.config import NodeConfig
 from node.keys import save
 from node.ports import CapacityTerms
@@ -96,7 +97,7 @@ def test_a_right_is_transferred_and_assigned_anew(furnished: Path, tally: Tally,
     assert tally("reservation", "transfer", right, to, "--yes").exit_code == 0
     assert tally("reservation", "list").stdout == "no reservation is held or was sold\n"
     refused = tally("reservation", "assign", right)
-    assert refused.exit_code == 1 and "NotHolder" in refused.stderr and "nothing was moved" in refused.stderr
+    assert refused.exit_code == 1 and "is held by 0x" in refused.stderr and "nothing was moved" in refused.stderr
     desk.acting = SELLER
     key = "0x" + NODE.address.hex()
     assert tally("reservation", "assign", right, key).exit_code == 0
@@ -143,8 +144,28 @@ def test_nothing_is_bought_without_a_yes_or_above_the_limit(furnished: Path, tal
     asked = tally(*buy)
     assert asked.exit_code != 0 and "Reserve 2.5 STE/s from" in asked.stderr
     dear = tally(*buy, "--yes", "--max-cost", "0.0001")
-    assert dear.exit_code == 1 and "CostAbove" in dear.stderr
+    assert dear.exit_code == 1 and "above the limit of 0.0001 TALLY" in dear.stderr and "wei" not in dear.stderr
     assert desk.tally_of(WALLET) == 10 * WEI_PER_TALLY
+
+
+@pytest.mark.parametrize(
+    ("rate", "term", "said"),
+    [
+        ("200", "5m", "only 5 STE/s are free at"),
+        ("1", "9d", f"a term of 9d is not sold: this provider sells {span(PERIOD)} to {span(100 * PERIOD)}"),
+    ],
+)
+def test_what_the_contract_refuses_is_said_in_the_units_it_was_asked_in(
+    rate: str, term: str, said: str, furnished: Path, tally: Tally, desk: Desk
+) -> None:
+    asyncio.run(desk.sell())
+    seller = "0x" + SELLER.address.hex()
+    result = tally("reservation", "buy", "0x" + PROFILE.hex(), rate, "--for", term, "--from", seller, "--yes")
+    assert result.exit_code == 1 and said in result.stderr and "kept safe: nothing was moved" in result.stderr
+
+
+def test_spans_read_as_people_say_them() -> None:
+    assert [span(s) for s in (0, 59, 60, 30_720, 2_592_000)] == ["0s", "59s", "1m", "8h 32m", "30d"]
 
 
 @pytest.mark.parametrize(
