@@ -199,19 +199,22 @@ def _run_demo(home: Path, as_json: bool) -> DemoResult:
             lambda line: progress.console.print(f"[bold]>[/bold] {line}") if not as_json else None,
             lambda done: progress.update(task, completed=done),
         )
-        return asyncio.run(_interruptible(demo.run()))
+        finished = asyncio.run(_interruptible(demo.run()))
+    if finished is None:  # said when the bar is gone, on a line of its own
+        click.echo("interrupted; every process was stopped", err=True)
+        sys.exit(130)
+    return finished
 
 
-async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Ctrl-C and SIGTERM cancel the work, whose contexts then stop every process."""
+async def _interruptible(work: Coroutine[Any, Any, T]) -> T | None:
+    """Ctrl-C and SIGTERM cancel the work, whose contexts then stop every process; None then."""
     task = asyncio.ensure_future(work)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         return await task
     except asyncio.CancelledError:
-        click.echo("interrupted; every process was stopped", err=True)
-        sys.exit(130)
+        return None
 
 
 def _print_result(result: DemoResult) -> None:

@@ -304,6 +304,8 @@ def signed_text(signed: SignedSheet) -> str:
 
 def read_signed(text: str) -> SignedSheet:
     """The inverse; the signature is checked and the readable part must say the same. Raises: TariffSheetError."""
+    if not is_signed(text):
+        raise TariffSheetError("", "is no signed tariff; `tally tariff sign SHEET -o FILE` makes one of a sheet")
     try:
         top = parse(text).object("format", "domain", "node_key", "tariff", "sheet")
         domain = top["domain"].object("chain_id", "escrow")

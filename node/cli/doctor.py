@@ -38,7 +38,13 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     try:
         config = session.load()
     except ConfigError as exc:
-        tell(fail("settings", str(exc), "correct it where it was written; `tally config show --origin` lists the rest"))
+        tell(
+            fail(
+                "settings",
+                str(exc),
+                "correct it where it was written; `tally config show --origin` then lists all",
+            )
+        )
     else:
         for finding in probes(config, running=_running(session)):
             tell(finding)

@@ -45,6 +45,7 @@ def economics(session: Session, since: int, as_json: bool) -> None:
 
     From its own journal and the settings economics.* (power, price of a kilowatt hour, hardware price and lifetime,
     worth of one TALLY). Nothing of it is in any offer or receipt, and only the owner of this home can ask for it.
+    Costs and prices are rounded up to six digits; --json has them whole.
 
     \b
     tally provider economics --since 30d
@@ -121,7 +122,7 @@ def _text(amount: int | None) -> str | None:
 
 def _lines(own: EconomicsConfig, machine: Machine, activity: Activity, found: Economics, whole: bool) -> list[str]:
     def paid(amount: int | None) -> str:
-        return "not known" if amount is None else f"{_decimal(amount)} {own.currency}"
+        return "not known" if amount is None else f"{_readable(amount)} {own.currency}"
 
     def each(amount: int | None) -> str:
         return "" if amount is None else f", {paid(amount)} an STE"
@@ -154,7 +155,13 @@ def _lines(own: EconomicsConfig, machine: Machine, activity: Activity, found: Ec
 
 
 def _per_ste(wei: Wei | None) -> str:
-    return "no work yet" if wei is None else f"{money.amount(wei)} an STE"
+    return "no work yet" if wei is None else f"{money.rounded_up(wei)} TALLY an STE"
+
+
+def _readable(pico: int) -> str:
+    """10^-12 units to six significant digits, away from zero; --json has them whole."""
+    shown = money.rounded_up(abs(pico) * (WEI_PER_TALLY // PICO))
+    return f"-{shown}" if pico < 0 else shown
 
 
 def _decimal(pico: int) -> str:

@@ -24,7 +24,7 @@ _ADVICE: Final[tuple[_Advice, ...]] = (
         "node.config_values",
         "ConfigError",
         "nothing was started or changed",
-        "`tally config show --origin` lists every setting and where it comes from",
+        "correct it where it was written; then `tally config show --origin` lists every setting and where it is from",
     ),
     (
         "node.keys",
@@ -100,6 +100,14 @@ _ADVICE: Final[tuple[_Advice, ...]] = (
         "nothing was signed or sent",
         "`tally tariff new` writes a sheet with every field",
     ),
+    ("protocol.bundle_json", "MalformedBundle", "", "`tally receipts export` writes the file that is expected here"),
+    (
+        "node.gateway.control",
+        "ControlUnknown",
+        "nothing was changed",
+        "`tally status` shows what runs in this home; `tally --home DIR ...` takes another",
+    ),
+    ("node.gateway.control", "ControlRefused", "", ""),
     (
         "node.gateway.control",
         "ControlUnavailable",

@@ -113,6 +113,8 @@ def market(
         return
     if job is not None and prompt is not None:
         raise click.UsageError("--job and --prompt both say which job to price; give one")
+    if sort == "job" and job is None and prompt is None:
+        raise click.UsageError("--sort job needs a job to price: --job or --prompt")
     from node.cli.market_rows import Wanted
     from node.cli.running import run
     from protocol.units import Tier
@@ -125,7 +127,12 @@ def market(
     config = session.load(transport__bootstrap=bootstrap or None)
     session.log(config, serving=False)
     shown = _Shown(
-        wanted, sort or ("job" if wanted.output is not None else "ste"), watch, as_json, _outside(config, model, wanted)
+        model,
+        wanted,
+        sort or ("job" if wanted.output is not None else "ste"),
+        watch,
+        as_json,
+        _outside(config, model, wanted),
     )
     params = {"model": model, "measure": True, "text": text}
     run(_show(session, config, {name: value for name, value in params.items() if value is not None}, shown))
@@ -186,8 +193,11 @@ async def _show(session: Session, config: NodeConfig, params: dict[str, Any], sh
 class _Shown:
     """How the answer is shown."""
 
-    def __init__(self, wanted: Wanted, sort: str, watch: bool, as_json: bool, outside: list[Row]) -> None:
-        self._wanted, self._sort, self.watch, self._as_json, self._outside = wanted, sort, watch, as_json, outside
+    def __init__(
+        self, model: str | None, wanted: Wanted, sort: str, watch: bool, as_json: bool, outside: list[Row]
+    ) -> None:
+        self._model, self._wanted, self._sort, self._outside = model, wanted, sort, outside
+        self.watch, self._as_json = watch, as_json
 
     def print(self, offers: list[dict[str, Any]]) -> None:
         """Raises: CommandFailed."""
@@ -201,7 +211,7 @@ class _Shown:
         if self.watch:
             click.clear()
         if not rows:
-            click.echo("no live offer is known")
+            click.echo("no live offer is known" + (f" of {self._model}" if self._model else ""))
             return
         priced = self._wanted.output is not None
         head = [name for name in _HEAD if priced or name != ">JOB"]

@@ -86,11 +86,11 @@ async def _look(session: Session, config: NodeConfig, what: str) -> list[Found]:
 
 
 async def _offers(session: Session, config: NodeConfig) -> list[dict[str, Any]]:
-    from node.gateway.control import ControlRefused, ControlUnavailable
+    from node.gateway.control import ControlUnavailable
 
     try:
         offers: list[dict[str, Any]] = (await session.control().call("market"))["offers"]
-    except (ControlUnavailable, ControlRefused):
+    except ControlUnavailable:
         from node.app import client_app
         from node.routes import market_routes
 

@@ -45,6 +45,10 @@ class ControlRefused(TallyError):
     """The node answered that it cannot do this; its own text."""
 
 
+class ControlUnknown(ControlRefused):
+    """The node has no such route: another role answers it."""
+
+
 def _recorded(path: Path) -> Path:
     """The file that says where the socket of `path` really is."""
     return path.with_name(path.name + ".path")
@@ -169,7 +173,9 @@ class ControlServer:
         name = request.match_info["route"]
         route = self._routes.get(name)
         if route is None:
-            return web.json_response({"error": f"this node does not answer {name!r}"}, status=404)
+            return web.json_response(
+                {"error": f"the node that runs in this home does not answer {name!r}: its role is another"}, status=404
+            )
         try:
             params = json.loads(await request.read() or b"{}")
         except ValueError:
@@ -222,5 +228,6 @@ class ControlClient:
             raise ControlUnavailable(f"the node in {self._path.parent} broke off while answering {route!r}") from exc
         if status != 200 or not isinstance(answer, dict):
             said = answer.get("error") if isinstance(answer, dict) else None
-            raise ControlRefused(str(said or f"the node answered {route!r} with status {status}"))
+            kind = ControlUnknown if status == 404 else ControlRefused
+            raise kind(str(said or f"the node answered {route!r} with status {status}"))
         return answer

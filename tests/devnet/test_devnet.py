@@ -105,6 +105,7 @@ def test_ctrl_c_while_starting_leaves_no_process(home: Path) -> None:
         demo.stderr.readline()  # it has begun
         demo.send_signal(signal.SIGINT)
         assert demo.wait(90) == 130
+        assert demo.stderr.read().endswith("\ninterrupted; every process was stopped\n")
     assert not descendants(home)
 
 

@@ -15,6 +15,7 @@ from node.gateway.control import (
     ControlRefused,
     ControlServer,
     ControlUnavailable,
+    ControlUnknown,
     socket_path,
 )
 from protocol.errors import TallyError
@@ -45,7 +46,7 @@ async def test_a_call_goes_there_and_back(home: Path) -> None:
         assert await client.call("echo", text="é" * 50_000, n=2**70) == {"got": {"text": "é" * 50_000, "n": 2**70}}
         with pytest.raises(ControlRefused, match="not today"):
             await client.call("refuse")
-        with pytest.raises(ControlRefused, match="does not answer 'other'"):
+        with pytest.raises(ControlUnknown, match="does not answer 'other': its role is another"):
             await client.call("other")
         with pytest.raises(ControlRefused, match="failed inside the node") as info:
             await client.call("crash")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def test_the_report_is_readable_and_says_what_is_missing(tally: Tally, home: Pat
     settings(home, COSTS)
     text = tally("provider", "economics", "--since", "1d").stdout
     assert "depreciation  1.6 EUR" in text and "break-even" in text and "21.33 % cache hits" in text
+    amounts = re.findall(r"-?([0-9.]+) (?:EUR|TALLY an STE)", text)
+    assert len(amounts) > 6 and all(len(amount.replace(".", "").lstrip("0")) <= 6 for amount in amounts), amounts
     assert tally("provider", "economics", "--since", "soon").exit_code == 2
 
 

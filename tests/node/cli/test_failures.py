@@ -108,3 +108,14 @@ def test_a_bad_setting_names_its_key(tally: Tally) -> None:
     result = tally("provider", "run", "--price-prompt", "0.1.2")
     assert result.exit_code == 1
     assert "provider.prompt_price (flag)" in result.stderr and "config show --origin" in result.stderr
+
+
+def test_a_file_that_is_no_bundle_does_not_send_anybody_to_the_doctor(tally: Tally, tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text("{")
+    result = tally("receipts", "verify", str(tmp_path / "job.json"))
+    assert result.exit_code == 1 and "receipts export" in result.stderr and "doctor" not in result.stderr
+
+
+def test_an_order_by_the_job_needs_one(tally: Tally) -> None:
+    result = tally("market", "--sort", "job")
+    assert result.exit_code == 2 and "--job or --prompt" in result.stderr

@@ -191,6 +191,13 @@ def test_a_second_sheet_under_one_number_is_refused(tally: Tally, chain: MemoryL
     assert chain.world.head.number == before
 
 
+def test_a_sheet_that_nobody_signed_is_not_logged_and_says_why(tally: Tally, chain: MemoryLab, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.json"
+    assert tally("tariff", "new", "-o", str(sheet)).exit_code == 0
+    result = tally("tariff", "log", str(sheet), "--yes")
+    assert result.exit_code == 1 and "no signed tariff; `tally tariff sign" in result.stderr
+
+
 def test_a_sheet_that_came_too_late_is_not_sent(tally: Tally, chain: MemoryLab, tmp_path: Path) -> None:
     path = signed(tally, tmp_path)
     chain.world.advance(10_000)
