@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from node.ports import ChainError
-from protocol.units import Address, Digest
+from protocol.units import WEI_PER_TALLY, Address, Digest
 
 
 @dataclass
@@ -56,8 +56,8 @@ class NotEnoughTally(ChainError):
 
     def __str__(self) -> str:
         return (
-            f"{self.action} needs {self.needs} wei of TALLY and wallet 0x{self.wallet.hex()} has {self.has}; "
-            "nothing was sent"
+            f"{self.action} needs {_tally(self.needs)} TALLY and wallet 0x{self.wallet.hex()} has "
+            f"{_tally(self.has)}; nothing was sent"
         )
 
 
@@ -96,6 +96,12 @@ class NoContract(ChainError):
             f"there is no contract {self.contract} at 0x{self.address.hex()} on chain {self.chain_id}: "
             "the deployment file is of another chain, or the chain was started afresh"
         )
+
+
+def _tally(wei: int) -> str:
+    """Exact, without trailing zeros: `1500000000000000000` -> `1.5`."""
+    whole, rest = divmod(wei, WEI_PER_TALLY)
+    return f"{whole}.{rest:018d}".rstrip("0").rstrip(".")
 
 
 def _shown(value: object) -> str:

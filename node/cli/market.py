@@ -211,7 +211,7 @@ class _Shown:
         if self.watch:
             click.clear()
         if not rows:
-            click.echo("no live offer is known" + (f" of {self._model}" if self._model else ""))
+            click.echo(f"no live offer of {self._model} is known" if self._model else "no live offer is known")
             return
         priced = self._wanted.output is not None
         head = [name for name in _HEAD if priced or name != ">JOB"]

@@ -119,3 +119,8 @@ def test_a_file_that_is_no_bundle_does_not_send_anybody_to_the_doctor(tally: Tal
 def test_an_order_by_the_job_needs_one(tally: Tally) -> None:
     result = tally("market", "--sort", "job")
     assert result.exit_code == 2 and "--job or --prompt" in result.stderr
+
+
+def test_too_little_tally_is_told_in_tally() -> None:
+    short = str(NotEnoughTally("stake", Address(b"\x07" * 20), 99 * 10**18 + 5 * 10**17, 5000 * 10**18))
+    assert short == f"stake needs 5000 TALLY and wallet 0x{'07' * 20} has 99.5; nothing was sent"
