@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from node.client.cards import fetch_card
@@ -74,7 +75,9 @@ class Catalogue:
         raise NoProvider(f"nobody who offers {model!r} gave its tokenizer: " + "; ".join(reasons))
 
     async def offers(self, model: str) -> list[CheckedOffer]:
-        """Live offers of `model`, after a fresh look when none is known. Raises: NoProvider."""
+        """Live offers of `model`, after a fresh look when none is known; what can be checked best comes first, and
+        of that the profile most providers serve. Raises: NoProvider.
+        """
         offers = [checked for checked in self._directory.offers() if checked.model == model]
         if not offers:
             await self._directory.refresh()
@@ -82,4 +85,10 @@ class Catalogue:
         if not offers:
             known = sorted({checked.model for checked in self._directory.offers()})
             raise NoProvider(f"no live offer for model {model!r}; offered now: {', '.join(known) or 'nothing'}")
-        return offers
+        served = Counter(checked.offer.profile_id for checked in offers)
+
+        def rank(checked: CheckedOffer) -> tuple[int, int, bytes]:
+            profile = checked.offer.profile_id
+            return -checked.offer.verifiability, -served[profile], profile
+
+        return sorted(offers, key=rank)

@@ -38,6 +38,9 @@ PULL_TIMEOUT_S: Final = 10.0
 PULL_WHOLE_S: Final = 60.0
 """Longest a pull of all pages of a peer may take. Unit: s. What is missing then is asked for at the next refresh."""
 
+LAST_ADDRESS: Final = Address(b"\xff" * 20)
+"""After which no provider comes."""
+
 REFRESH_S: Final = 60.0
 """How often bootstrap peers are asked again. Unit: s. Gossip carries changes; this heals what gossip lost."""
 
@@ -124,6 +127,7 @@ class OfferDirectory:
             await self._transport.publish(shard_topic(checked.model), frames.encode(envelope))
         except TransportError as exc:
             log.warning("our offer was not gossiped, peers will pull it: %s", exc)
+        await asyncio.gather(*(self._show(peer, envelope) for peer in self._bootstrap))
 
     async def refresh(self) -> None:
         """Pull from every bootstrap peer at once. Never raises: unreachable peers are logged."""
@@ -209,14 +213,34 @@ class OfferDirectory:
             log.info("gossip of %s ignored: %s", author, exc)
 
     async def _answer(self, stream: Stream) -> None:
-        """One stream of /tally/offers/1."""
+        """One stream of /tally/offers/1: perhaps the peer's own offer, then what it asks for."""
         ask = frames.decode(await stream.receive(PULL_TIMEOUT_S))
+        if isinstance(ask, OfferEnvelope):
+            # SPEC 6.4: A peer may show its own offer before it asks, and no other's
+            if ask.peer_id != stream.peer_id:
+                raise RemoteProtocolError("a peer showed another peer's offer as its own")
+            await self._consider_quietly(ask)
+            ask = frames.decode(await stream.receive(PULL_TIMEOUT_S))
         if not isinstance(ask, OffersAsk):
             raise UnexpectedFrame(type(ask).__name__, "offers")
         rest = [checked for checked in self.offers() if checked.offer.provider > ask.after]
         page = [frames.encode(checked.envelope) for checked in rest[:PAGE]]
         await stream.send(*page, frames.encode(OffersEnd(len(rest) > PAGE)))
         await stream.close()
+
+    async def _show(self, peer: PeerAddress, envelope: OfferEnvelope) -> None:
+        """Have a bootstrap peer know our offer, whatever it serves itself. Never raises: who is away sees the next."""
+        try:
+            async with asyncio.timeout(PULL_TIMEOUT_S):
+                stream = await self._transport.open(peer, OFFERS_PROTOCOL, PULL_TIMEOUT_S)
+                try:
+                    # asked for nothing past the last address: its answer tells that the offer was looked at
+                    await stream.send(frames.encode(envelope), frames.encode(OffersAsk(LAST_ADDRESS)))
+                    await stream.receive(PULL_TIMEOUT_S)
+                finally:
+                    await stream.close()
+        except (TimeoutError, TallyError) as exc:
+            log.info("bootstrap peer %s was not shown our offer: %s", peer.peer_id, exc)
 
     async def _pull(self, peer: PeerAddress) -> None:
         """Every page of a peer, in bounded time and number; what came before a failure is kept."""

@@ -37,7 +37,7 @@ class LabClock:
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
-        self.jumping = False
+        self.jumper: asyncio.Task[object] | None = None  # whose sleeping moves the clock instead of waiting
 
     def now_ms(self) -> int:
         return int((time.time() + self.ahead_s) * 1000)
@@ -46,7 +46,7 @@ class LabClock:
         return time.monotonic() + self.ahead_s
 
     async def sleep(self, seconds: float) -> None:
-        if self.jumping:
+        if self.jumper is not None and asyncio.current_task() is self.jumper:
             self.ahead_s += seconds
             await asyncio.sleep(0)
         else:
@@ -136,6 +136,8 @@ class Market:
         engine: EngineTwin | None = None,
         card: ModelCard | None = None,
         policy: SettlePolicy | None = None,
+        model: str = MODEL,
+        bootstrap: tuple[PeerAddress, ...] = (),
         **changes: int,
     ) -> Seller:
         """A serving provider. `changes`: fields of its tariff. `card`: of a real engine, which stops elsewhere."""
@@ -147,13 +149,13 @@ class Market:
         store = store or MemoryStore()
         await store.open()
         transport = MemoryTransport(self.network, node_key.secret)
-        directory = OfferDirectory(transport, chain, self.clock, (), Wei(1))
+        directory = OfferDirectory(transport, chain, self.clock, bootstrap, Wei(1))
         directory.start_serving()
         served = engine.profile
-        card = card or ModelCard(MODEL, hash_struct(served), served, b"{}", "", {}, (EOS,), engine.max_context)
+        card = card or ModelCard(model, hash_struct(served), served, b"{}", "", {}, (EOS,), engine.max_context)
         settings = ProviderSettings(
             prices(account.address, card.profile_id, **changes),
-            OfferTexts(MODEL, "lab", 0, 2048),
+            OfferTexts(model, "lab", 0, 2048),
             policy or SettlePolicy(3600, Wei(WEI_PER_TALLY), Wei(1)),
             Wei(100 * WEI_PER_TALLY),
             1.0,
@@ -162,11 +164,11 @@ class Market:
         provider = Provider(
             settings, node_key, engine, card, store, chain, transport, directory, self.clock, SystemEntropy()
         )
-        self.clock.jumping = True
+        self.clock.jumper = asyncio.current_task()
         try:
             await provider.start()
         finally:
-            self.clock.jumping = False
+            self.clock.jumper = None
         self.stack.push_async_callback(store.close)
         self.stack.push_async_callback(transport.stop)
         self.stack.push_async_callback(provider.stop)

@@ -27,7 +27,7 @@ from protocol.messages import WorkReceipt
 from protocol.options import JobOptions, decode_options, options_hash
 from protocol.units import BPS, WEI_PER_TALLY, ZERO_DIGEST, FinishReason, JobKind, Tier, Verifiability, Wei
 from protocol.work import Work
-from tests.spine.lab import Buyer, Market, idle, run, spec, until
+from tests.spine.lab import MODEL, Buyer, Market, idle, run, spec, until
 from tests.spine.test_endings import TOKEN, settle
 from tests.twins.engine_twin import EngineTwin, profile
 
@@ -409,6 +409,21 @@ async def test_a_text_that_cannot_be_repeated_goes_on_where_the_caller_has_it() 
         parent, child = sorted(await buyer.store.jobs(Role.CLIENT), key=lambda job: job.opened_at_ms)
         assert child.request.prompt_tokens == 4 + cut, "what was delivered is not asked for again"
         assert parent.owed + child.owed == buyer.accounts.spent
+
+
+async def test_of_two_profiles_under_one_name_the_one_that_can_be_checked_is_bought() -> None:
+    """Whichever was seen first, and though the other is cheaper and served by more."""
+    for order in ((0, 1, 1), (1, 1, 0)):
+        async with Market() as market:
+            for cheap in order:
+                engine = upstream(7) if cheap else EngineTwin()
+                engine.profile = profile(b"another's weights") if cheap else engine.profile
+                await market.seller(engine=engine, completion_price=TOKEN // (2 if cheap else 1))
+            buyer = await market.buyer()
+            card = await buyer.router.card(MODEL)
+            assert card.profile == EngineTwin().profile
+            _, done, _ = await run(buyer, spec(5))
+            assert done.cost == 4 * READ + 5 * TOKEN
 
 
 def upstream(token: int) -> EngineTwin:

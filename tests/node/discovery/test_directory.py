@@ -9,7 +9,7 @@ import pytest
 
 from node.discovery import directory as module
 from node.discovery.directory import DENIED_S, PAGE, OfferDirectory, Recent
-from node.ports import ChainError, PeerAddress, ProviderRecord, Stream, TariffRecord
+from node.ports import ChainError, PeerAddress, ProviderRecord, Stream, StreamEnded, TariffRecord
 from node.transport.memory import MemoryTransport
 from protocol import frames
 from protocol.errors import RemoteProtocolError
@@ -205,3 +205,36 @@ async def test_honest_pages_are_followed_to_the_end(monkeypatch: pytest.MonkeyPa
         await book.refresh()
         assert len(book.offers()) == len(between.offers()) == 3
     assert PAGE > 1
+
+
+async def test_a_provider_of_another_model_is_found_through_its_bootstrap_peer() -> None:
+    """Nobody there listens to its topic: it shows its offer itself."""
+    async with Market() as market:
+        known = await market.seller()
+        stranger = await market.seller(model="another-model", bootstrap=(known.peer,))
+        directory, _ = await reader(market, known.peer)
+        await directory.refresh()
+        assert {checked.model for checked in directory.offers()} == {"twin-model", "another-model"}
+        assert stranger.wallet.address in {checked.offer.provider for checked in directory.offers()}
+
+
+async def test_a_provider_whose_bootstrap_peer_is_away_serves_all_the_same() -> None:
+    async with Market() as market:
+        away = PeerAddress(wallet().address.hex(), ("nowhere",))
+        seller = await market.seller(bootstrap=(away,))
+        assert envelope_of(seller).model == "twin-model"
+
+
+async def test_nobody_shows_another_peers_offer_as_its_own() -> None:
+    async with Market() as market:
+        known, victim = await market.seller(), await market.seller(model="another-model")
+        transport = MemoryTransport(market.network, wallet().secret)
+        await transport.start()
+        market.stack.push_async_callback(transport.stop)
+        stream = await transport.open(known.peer, OFFERS_PROTOCOL, 1.0)
+        await stream.send(frames.encode(envelope_of(victim)), frames.encode(OffersAsk(bytes(20))))
+        with pytest.raises(StreamEnded):
+            await stream.receive(5.0)
+        directory, _ = await reader(market, known.peer)
+        await directory.refresh()
+        assert {checked.model for checked in directory.offers()} == {"twin-model"}
