@@ -132,6 +132,7 @@ def test_a_message_cannot_open_a_turn(content_encoder: Any) -> None:
     assert ids.count(IM_END) == 1
 
 
+@pytest.mark.slow
 def test_heldout_bits_per_byte(model: Any, content_encoder: Any) -> None:
     snippets = (MODEL_FOLDER / "heldout.txt").read_text(encoding="utf-8").rstrip("\n").split("\n\f\n")
     bits = 0.0
