@@ -72,6 +72,7 @@ class Settler:
         self._failures = 0
         self._retry_at = 0.0
         self._held: dict[Address, float] = {}  # per client, until when (monotonic)
+        self._claimed: dict[Address, Wei] = {}  # what our batches brought each channel to
         self.totals = SettlementTotals()
 
     def wake(self) -> None:
@@ -180,7 +181,10 @@ class Settler:
         self._unresolved = False
         self._last = self._clock.now_ms() // 1000
         self.totals.last_error = ""
-        unpaid = {client for client, _ in prepared.vouchers} - {client for client, _ in settled.claimed}
+        # one that an earlier batch of ours paid, and a lagging look at the chain sent again, is no reason to hold
+        unpaid = {client for client, amount in prepared.vouchers if amount > self._claimed.get(client, 0)}
+        unpaid -= {client for client, _ in settled.claimed}
+        self._claimed |= dict(settled.claimed)
         if unpaid:
             self._held |= dict.fromkeys(unpaid, self._clock.monotonic() + HOLD_S)
             log.warning("the contract skipped %d of %d vouchers", len(unpaid), len(prepared.vouchers))
