@@ -7,7 +7,7 @@ import time
 from incentives.ledger import ChannelKey, Role
 from incentives.settlement import LEAVING_MARGIN_S, SettlePolicy
 from protocol.units import WEI_PER_TALLY, Wei
-from tests.spine.lab import Buyer, Market, Seller, run, spec, until
+from tests.spine.lab import Buyer, Market, Seller, idle, run, spec, until
 from tests.twins.memory_ledger import MemoryLedgerChain
 
 NEVER = 10**9
@@ -103,3 +103,17 @@ async def test_restart_with_the_chain_away_serves_under_the_tariff_it_had() -> N
         _, done, _ = await run(buyer, spec(32))
         assert done.completion_tokens == 32
         market.world.down = False
+
+
+async def test_a_voucher_sent_again_because_the_chain_was_seen_late_does_not_hold_the_channel_back() -> None:
+    async with Market() as market:
+        seller, buyer = await market.seller(), await market.buyer()
+        await run(buyer, spec(40))
+        await idle(seller)
+        books, client = seller.provider.books, buyer.accounts.session.address
+        before = books._channels[client]
+        assert (await seller.provider.settler.settle_due(everything=True)) is not None
+        books._channels[client] = before
+        again = await seller.provider.settler.settle_due(everything=True)
+        assert again is not None and again.paid == 0
+        assert not seller.provider.settler._held
