@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from incentives.faults import MOST_BETWEEN, Fault, Proof, SignedReceipt, SignedTariff
-from protocol.bundle_json import MalformedBundle, parse, signed_json
+from protocol.bundle_json import MalformedBundle, domain_json, parse, signed_json
 from protocol.eip712 import Domain
 from protocol.messages import Commitment, Tariff, WorkReceipt
 from protocol.signing import verify
@@ -21,7 +21,7 @@ def encode(proof: Proof) -> str:
     tree = {
         "format": FORMAT,
         "fault": proof.fault.value,
-        "domain": {"chain_id": str(proof.domain.chain_id), "escrow": "0x" + proof.domain.verifying_contract.hex()},
+        "domain": domain_json(proof.domain),
         "node_key": "0x" + proof.node_key.hex(),
         "tariffs": [signed_json(item.tariff, item.signature) for item in proof.tariffs],
         "receipts": [signed_json(item.receipt, item.signature) for item in proof.receipts],
@@ -42,9 +42,8 @@ def decode(text: str) -> Proof:
     between = top["between"].items()
     if len(between) > MOST_BETWEEN:
         raise top["between"].fail(f"must have at most {MOST_BETWEEN} digests")
-    domain = top["domain"].object("chain_id", "escrow")
     return Proof(
-        Domain(domain["chain_id"].decimal(256), Address(domain["escrow"].hexadecimal(20))),
+        top["domain"].domain(),
         Address(top["node_key"].hexadecimal(20)),
         kinds[named],
         tuple(SignedTariff(*item.signed(Tariff)) for item in top["tariffs"].items()),
@@ -73,7 +72,7 @@ def encode_commitment(signed: SignedCommitment) -> str:
     """As JSON, ending in a newline."""
     tree = {
         "format": COMMITMENT_FORMAT,
-        "domain": {"chain_id": str(signed.domain.chain_id), "escrow": "0x" + signed.domain.verifying_contract.hex()},
+        "domain": domain_json(signed.domain),
         "node_key": "0x" + signed.node_key.hex(),
         "epoch_seconds": signed.epoch_s,
         "commitment": signed_json(signed.commitment, signed.signature),
@@ -86,12 +85,11 @@ def decode_commitment(text: str) -> SignedCommitment:
     top = parse(text).object("format", "domain", "node_key", "epoch_seconds", "commitment")
     if top["format"].value != COMMITMENT_FORMAT:
         raise MalformedBundle("format", f"is {top['format'].value!r}, expected {COMMITMENT_FORMAT!r}")
-    domain = top["domain"].object("chain_id", "escrow")
     epoch_s = top["epoch_seconds"].number(32)
     if epoch_s == 0:
         raise top["epoch_seconds"].fail("must be above zero")
     signed = SignedCommitment(
-        Domain(domain["chain_id"].decimal(256), Address(domain["escrow"].hexadecimal(20))),
+        top["domain"].domain(),
         Address(top["node_key"].hexadecimal(20)),
         epoch_s,
         *top["commitment"].signed(Commitment),

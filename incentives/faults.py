@@ -135,11 +135,8 @@ def _price_finding(tariff: Tariff, receipt: WorkReceipt) -> Finding | None:
 def hidden_hit(
     kept: WorkReceipt, later: WorkReceipt, tariff: Tariff, between: tuple[Digest, ...] = ()
 ) -> Finding | None:
-    """Whether `later` charges in full what `kept` promised to hold (protocol/cache.py).
-
-    A job that ended before its first token was never read to its end, so it states no hit and proves nothing.
-    """
-    missing = underreported(kept, later, tariff, between) if later.completion_tokens else 0
+    """Whether `later` charges in full what `kept` promised to hold (protocol/cache.py)."""
+    missing = underreported(kept, later, tariff, between)
     if missing == 0:
         return None
     gap = missing * (tariff.prompt_price - tariff.cached_price)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from node.config_values import Kind, count, factor, price, tally
-from protocol.bundle_json import MalformedBundle, parse, signed_json
+from protocol.bundle_json import MalformedBundle, domain_json, parse, signed_json
 from protocol.eip712 import Domain
 from protocol.errors import FieldOutOfRange, TallyError
 from protocol.messages import Tariff
@@ -294,7 +294,7 @@ def signed_text(signed: SignedSheet) -> str:
     """As JSON, ending in a newline; `sheet` is the same for people to read."""
     tree = {
         "format": SIGNED_FORMAT,
-        "domain": {"chain_id": str(signed.domain.chain_id), "escrow": "0x" + signed.domain.verifying_contract.hex()},
+        "domain": domain_json(signed.domain),
         "node_key": "0x" + signed.node_key.hex(),
         "tariff": signed_json(signed.tariff, signed.signature),
         "sheet": sheet_json(signed.tariff),
@@ -308,9 +308,8 @@ def read_signed(text: str) -> SignedSheet:
         raise TariffSheetError("", "is no signed tariff; `tally tariff sign SHEET -o FILE` makes one of a sheet")
     try:
         top = parse(text).object("format", "domain", "node_key", "tariff", "sheet")
-        domain = top["domain"].object("chain_id", "escrow")
         signed = SignedSheet(
-            Domain(domain["chain_id"].decimal(256), Address(domain["escrow"].hexadecimal(20))),
+            top["domain"].domain(),
             Address(top["node_key"].hexadecimal(20)),
             *top["tariff"].signed(Tariff),
         )

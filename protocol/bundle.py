@@ -18,7 +18,7 @@ from protocol.cache import BLOCK_TOKENS, hit_limit
 from protocol.eip712 import Domain, digest, hash_struct
 from protocol.errors import TallyError
 from protocol.messages import Accept, JobRequest, Profile, ReceiptAck, Tariff, Voucher, WorkReceipt
-from protocol.metering import Reasoning, Usage, embedding_flops, flops, ste_micro_up
+from protocol.metering import Reasoning, Usage, job_ste_micro
 from protocol.options import decode_options, options_hash
 from protocol.sampling import derive_seed
 from protocol.signing import verify as verify_signature
@@ -333,22 +333,18 @@ def _work(bundle: Bundle) -> str:
         receipt = notch.receipt
         known = known and (bool(notch.token_ids) or not receipt.completion_tokens)
         reasoning = reasoning.take(notch.token_ids)
+        usage = Usage(receipt.prompt_tokens, receipt.cached_tokens, receipt.completion_tokens, receipt.reasoning_tokens)
+        texts = None
         if _embeds(bundle):
-            ends = list(accumulate(options.inputs))
-            operations = embedding_flops(
-                profile, [n for n, end in zip(options.inputs, ends, strict=True) if end <= receipt.prompt_tokens]
-            )
+            ends = accumulate(options.inputs)
+            texts = [n for n, end in zip(options.inputs, ends, strict=True) if end <= receipt.prompt_tokens]
         else:
-            usage = Usage(
-                receipt.prompt_tokens, receipt.cached_tokens, receipt.completion_tokens, receipt.reasoning_tokens
-            )
-            operations = flops(profile, usage)
             counted, ours = receipt.reasoning_tokens, reasoning.tokens
             _need(not known or counted == ours, f"receipt {receipt.step} counts {counted} reasoning tokens, not {ours}")
         routed = bool(profile.moe_layers and receipt.completion_tokens)
         stated = receipt.routing_root != ZERO_DIGEST
         _need(stated == routed, f"receipt {receipt.step}'s routing root does not fit the profile's routed layers")
-        ste = ste_micro_up(operations)
+        ste = job_ste_micro(profile, usage, texts)
         _need(receipt.ste_micro == ste, f"receipt {receipt.step} claims {receipt.ste_micro} micro-STE, not {ste}")
     return f"{bundle.notches[-1].receipt.ste_micro} micro-STE, recomputed from the profile's shape for every receipt"
 

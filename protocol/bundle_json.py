@@ -46,7 +46,7 @@ def encode(bundle: Bundle) -> str:
     tariff = None if bundle.tariff is None else signed_json(bundle.tariff, bundle.tariff_signature)
     tree = {
         "format": FORMAT,
-        "domain": {"chain_id": str(bundle.domain.chain_id), "escrow": _hex(bundle.domain.verifying_contract)},
+        "domain": domain_json(bundle.domain),
         "node_key": _hex(bundle.node_key),
         "profile": None if bundle.profile is None else document_json(bundle.profile),
         "tariff": tariff,
@@ -73,6 +73,11 @@ def _notch(notch: Notch) -> dict[str, Any]:
     }
 
 
+def domain_json(domain: Domain) -> dict[str, str]:
+    """The deployment that documents were signed for."""
+    return {"chain_id": str(domain.chain_id), "escrow": _hex(domain.verifying_contract)}
+
+
 def document_json(document: Any) -> dict[str, Any]:
     """A document's fields as JSON values."""
 
@@ -92,14 +97,13 @@ def decode(text: str) -> Bundle:
     top = node.object(*names)
     if top["format"].value != FORMAT:
         raise MalformedBundle("format", f"is {top['format'].value!r}, expected {FORMAT!r}")
-    domain = top["domain"].object("chain_id", "escrow")
     tariff, tariff_signature = None, b""
     if top["tariff"].value is not None:
         tariff, tariff_signature = top["tariff"].signed(Tariff)
     request, request_signature = top["request"].signed(JobRequest)
     accept, accept_signature = top["accept"].signed(Accept)
     return Bundle(
-        domain=Domain(domain["chain_id"].decimal(256), Address(domain["escrow"].hexadecimal(20))),
+        domain=top["domain"].domain(),
         node_key=Address(top["node_key"].hexadecimal(20)),
         request=request,
         request_signature=request_signature,
@@ -214,6 +218,11 @@ class Node:
                 return self.decimal(int(sol[4:]))
             case _:
                 return self.number(int(sol[4:]))
+
+    def domain(self) -> Domain:
+        """What `domain_json` wrote."""
+        parts = self.object("chain_id", "escrow")
+        return Domain(parts["chain_id"].decimal(256), Address(parts["escrow"].hexadecimal(20)))
 
     def signed(self, struct: type[T]) -> tuple[T, bytes]:
         parts = self.object("document", "signature")

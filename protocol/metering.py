@@ -83,6 +83,11 @@ def ste_micro_up(operations: int) -> int:
     return -(-operations // _FLOPS_PER_MICRO)
 
 
+def job_ste_micro(profile: Profile, usage: Usage, texts: Sequence[int] | None) -> int:
+    """A job's work in micro-STE. `texts`: lengths of the texts an embedding job has read, None for generation."""
+    return ste_micro_up(flops(profile, usage) if texts is None else embedding_flops(profile, texts))
+
+
 @dataclass(frozen=True, slots=True)
 class Reasoning:
     """How many output tokens lie in reasoning blocks. `start`, `end`: the profile's markers, both 0 for none.

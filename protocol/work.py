@@ -15,7 +15,7 @@ from protocol.cache import BLOCK_TOKENS, cache_head, hit_limit, prompt_head
 from protocol.eip712 import Domain, digest
 from protocol.errors import ReceiptMismatch, RemoteProtocolError
 from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
-from protocol.metering import Reasoning, Usage, embedding_flops, flops, ste_micro_up
+from protocol.metering import Reasoning, Usage, job_ste_micro
 from protocol.options import JobOptions
 from protocol.tariff import Cost, Timing, basis_of, cost_up, worst_case_up
 from protocol.transcript import ROUTING_BYTES, Leaf, Row, Transcript
@@ -159,9 +159,7 @@ class Work:
 
     def ste_micro(self) -> int:
         """Work so far, in millionths of a standard token equivalent."""
-        if self.embeds:
-            return ste_micro_up(embedding_flops(self.profile, self._read))
-        return ste_micro_up(flops(self.profile, self.usage()))
+        return job_ste_micro(self.profile, self.usage(), self._read if self.embeds else None)
 
     def timing(self, finished_at: int = 0) -> Timing:
         """Times so far; `finished_at` only for the final receipt."""

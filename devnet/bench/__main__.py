@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from devnet.bench import facts
 from devnet.bench.gas import settlement_gas
 from devnet.bench.models import SHAPES, random_model
-from devnet.bench.report import show
+from devnet.bench.report import keep, show
 from devnet.bench.serving import both_sides, first_token, throughput
 from devnet.bench.signatures import signatures
 from devnet.bench.workload import Workload
@@ -31,7 +30,6 @@ from devnet.cluster import MODEL_DIR, MODEL_NAME
 from protocol.errors import TallyError
 
 PARTS: Final = ("throughput", "first_token", "signatures", "gas")
-RESULTS: Final = Path("bench-results")
 
 QUICK: Final[dict[str, Any]] = {
     "streams": (1, 2),
@@ -117,11 +115,7 @@ def main(
     except TallyError as exc:
         raise click.ClickException(str(exc)) from exc
     show(result, Console())
-    if path is None:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    click.echo(f"written to {path}", err=True)
+    keep(result, path, "")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from devnet.bench import facts
 from devnet.bench.engine_report import evaluate, show
 from devnet.bench.models import SHAPES, random_model
+from devnet.bench.report import keep
 from devnet.bench.workload import summary
 
 RIVALS: Final = ("tally", "llama.cpp", "continuous", "generate")
-RESULTS: Final = Path("bench-results")
 
 ANSWER_S: Final = 300
 """Longest a rival may take for one wave or to load. Unit: seconds. The slowest takes one on an idle machine; doubling
@@ -282,11 +282,7 @@ def main(quick: bool, path: Path | None, device: str, **wanted: Any) -> None:
     with _progress() as say:
         result = measure(plan, say)
     show(result, Console())
-    if path is None:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"engine-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    click.echo(f"written to {path}", err=True)
+    keep(result, path, "engine-")
 
 
 if __name__ == "__main__":

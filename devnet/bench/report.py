@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
 
+import click
 from rich.console import Console
 from rich.table import Table
+
+RESULTS: Final = Path("bench-results")
+
+
+def keep(result: dict[str, Any], path: Path | None, prefix: str) -> None:
+    """Write the result as JSON to `path`, or to a file of RESULTS named by the time, and say where."""
+    if path is None:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{prefix}{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    click.echo(f"written to {path}", err=True)
 
 
 def show(result: dict[str, Any], console: Console) -> None:

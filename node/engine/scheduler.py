@@ -321,7 +321,7 @@ class Scheduler:
         )
 
     def _projections(self, sampled: list[Generation]) -> torch.Tensor:
-        """[rows, 8, hidden] fp32, stacked again only when other streams are sampled than in the step before."""
+        """[rows, hidden] uint8, stacked again only when other streams are sampled than in the step before."""
         if sampled != self._stacked_of:
             self._stacked = torch.stack([stream.projection for stream in sampled if stream.projection is not None])
             self._stacked_of = sampled

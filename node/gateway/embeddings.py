@@ -11,11 +11,12 @@ from typing import Any, Final
 
 import msgspec
 
+from node.closing import closed_after
 from node.gateway import errors
 from node.gateway.errors import ApiError, Delivered
 from node.gateway.fields import Fields, token_ids
 from node.gateway.gate import Gate
-from node.gateway.jobs import Head, Part, Purse, check_ids, closed_after, failure
+from node.gateway.jobs import Head, Part, Purse, check_ids, failure
 from node.gateway.limits import EMBED_JOBS, MAX_EMBED_TEXTS, MAX_EMBED_TOKENS
 from node.gateway.models import Models
 from node.gateway.price import Price, price_json, price_up

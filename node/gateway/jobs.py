@@ -7,7 +7,7 @@ answer is complete only when the job's own end said so.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 from msgspec import structs
 
+from node.closing import closed_after
 from node.gateway import errors
 from node.gateway.detokenise import Token
 from node.gateway.gate import Gate
@@ -272,21 +273,6 @@ def failure(exc: TallyError, price: Price) -> errors.ApiError:
     if isinstance(exc, NoProvider) and price.objection is not None:
         return price.objection
     return errors.from_tally(exc)
-
-
-def closed_after(job: AsyncIterator[JobEvent]) -> aclosing[AsyncGenerator[JobEvent, None]]:
-    """Closes the job's iterator on leaving, whatever kind of iterator the marketplace gave."""
-
-    async def events() -> AsyncGenerator[JobEvent, None]:
-        try:
-            async for event in job:
-                yield event
-        finally:
-            close = getattr(job, "aclose", None)
-            if close is not None:
-                await close()
-
-    return aclosing(events())
 
 
 def _advance(progress: Progress, reader: Reader, event: JobEvent) -> Piece:

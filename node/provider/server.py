@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from typing import Final
 
 from incentives.ledger import JobOpened, Role
@@ -35,7 +36,7 @@ from protocol.frames import (
     Request,
 )
 from protocol.messages import Accept
-from protocol.metering import Usage, embedding_flops, flops, ste_micro_up
+from protocol.metering import Usage, job_ste_micro
 from protocol.packing import pack
 from protocol.sealing import Sealed
 from protocol.session import Side, State
@@ -58,6 +59,17 @@ MAX_STREAMS: Final = 256
 
 MAX_STREAMS_PER_PEER: Final = 128
 """Job streams of one peer at once, so that none keeps the others out. A busy gateway has as many as we have slots."""
+
+
+@contextlib.contextmanager
+def _engine_refusals() -> Iterator[None]:
+    """What the engine does not take, as the client is told it. Raises: Refused."""
+    try:
+        yield
+    except EngineFull as exc:
+        raise Refused(RefusalCode.BUSY, str(exc)) from exc
+    except ValueError as exc:
+        raise Refused(RefusalCode.BAD_REQUEST, str(exc)) from exc
 
 
 class JobServer:
@@ -205,10 +217,8 @@ class JobServer:
         request = admitted.request
         if request.reservation == ZERO_DIGEST:
             return 0
-        if request.kind == JobKind.EMBED:
-            most = ste_micro_up(embedding_flops(terms.profile, admitted.options.inputs))
-        else:
-            most = ste_micro_up(flops(terms.profile, Usage(request.prompt_tokens, 0, request.max_tokens, 0)))
+        texts = admitted.options.inputs if request.kind == JobKind.EMBED else None
+        most = job_ste_micro(terms.profile, Usage(request.prompt_tokens, 0, request.max_tokens, 0), texts)
         now = self._tools.clock.now_ms()
         await self._reservations.check(Digest(request.reservation), Address(request.client), most, now)
         return most
@@ -288,23 +298,15 @@ class JobServer:
 
     async def _submit(self, admitted: Admitted, prompt: tuple[int, ...]) -> TokenStream:
         """Raises: Refused."""
-        try:
+        with _engine_refusals():
             return await self._engine.submit(engine_request(admitted, prompt))
-        except EngineFull as exc:
-            raise Refused(RefusalCode.BUSY, str(exc)) from exc
-        except ValueError as exc:
-            raise Refused(RefusalCode.BAD_REQUEST, str(exc)) from exc
 
     async def _embed(self, admitted: Admitted, prompt: tuple[int, ...]) -> tuple[bytes, ...]:
         """Raises: Refused."""
         ends = list(itertools.accumulate(admitted.options.inputs))
         inputs = [prompt[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        try:
+        with _engine_refusals():
             return await self._engine.embed(inputs, admitted.options.dimensions, urgency_of(admitted.request))
-        except EngineFull as exc:
-            raise Refused(RefusalCode.BUSY, str(exc)) from exc
-        except ValueError as exc:
-            raise Refused(RefusalCode.BAD_REQUEST, str(exc)) from exc
 
     async def handle_card(self, stream: Stream) -> None:
         """One stream of /tally/card/1: the tokenizer and template of the profile served here."""

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from incentives.price_sheets import OutsideModel, OutsideUsage, cost_up, wei_prices
+from node.closing import closed_after
 from node.ports import (
     Clock,
     JobDone,
@@ -103,7 +104,7 @@ class Exchange:
         if plan is None or (here is not None and here <= plan.worst):
             began = False
             try:
-                async with _closing(self._inner.run(spec)) as events:
+                async with closed_after(self._inner.run(spec)) as events:
                     async for event in events:
                         began = True
                         yield event
@@ -121,7 +122,7 @@ class Exchange:
             if here is None:
                 raise exc.said from exc
             log.info("%s does not take a job, so it runs here: %s", self._platform.host, exc.said)
-        async with _closing(self._inner.run(spec)) as events:
+        async with closed_after(self._inner.run(spec)) as events:
             async for event in events:
                 yield event
 
@@ -277,18 +278,3 @@ def _text_prompt(spec: JobSpec, texts: Texts) -> str | None:
         return texts.said(ids)
     except ValueError:
         return None
-
-
-def _closing(job: AsyncIterator[JobEvent]) -> aclosing[AsyncGenerator[JobEvent, None]]:
-    """Closes the inner job's iterator on leaving, whatever kind the inner marketplace gave."""
-
-    async def events() -> AsyncGenerator[JobEvent, None]:
-        try:
-            async for event in job:
-                yield event
-        finally:
-            close = getattr(job, "aclose", None)
-            if close is not None:
-                await close()
-
-    return aclosing(events())

@@ -59,9 +59,11 @@ def packed(chain: Chain, provider: str, count: int, cumulative: int) -> bytes:
 
 
 def set_time(chain: Chain, timestamp: int) -> None:
-    """Mine a block of that Unix second."""
+    """Mine a block of that Unix second and give the next one the second after: amounts that grow by the second change
+    the gas of writing them."""
     chain.web3.provider.make_request(RPCEndpoint("evm_setNextBlockTimestamp"), [timestamp])
     chain.web3.provider.make_request(RPCEndpoint("evm_mine"), [])
+    chain.web3.provider.make_request(RPCEndpoint("evm_setNextBlockTimestamp"), [timestamp + 1])
 
 
 def measure_reservations(chain: Chain) -> dict[str, int]:
@@ -74,8 +76,8 @@ def measure_reservations(chain: Chain) -> dict[str, int]:
     out = {"offer": chain.send(functions.offer(profile, 10**9, 1_000, 1, 512), sender=1)["gasUsed"]}
     chain.send(chain.token.functions.approve(chain.reservations.address, 2**256 - 1))
     ids = []
-    set_time(chain, FIXED_PERIOD * PERIOD)
-    for periods in (24, 480):
+    for after, periods in enumerate((24, 480)):
+        set_time(chain, FIXED_PERIOD * PERIOD + 2 * after)
         call = functions.buy(provider, profile, 2_000_000, FIXED_PERIOD + 1, periods, chain.account(2), maximum)
         receipt = chain.send(call)
         (event,) = chain.reservations.events.Bought().process_receipt(receipt, errors=DISCARD)
@@ -84,6 +86,7 @@ def measure_reservations(chain: Chain) -> dict[str, int]:
     out["transfer"] = chain.send(functions.transfer(ids[0], chain.account(3)))["gasUsed"]
     set_time(chain, (FIXED_PERIOD + 4) * PERIOD)
     out["claim_2"] = chain.send(functions.claim(provider, ids))["gasUsed"]
+    set_time(chain, (FIXED_PERIOD + 4) * PERIOD + 2)
     out["release_480"] = chain.send(functions.release(ids[1]), sender=1)["gasUsed"]
     return out
 

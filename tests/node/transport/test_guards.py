@@ -80,7 +80,8 @@ async def test_malformed_bytes_on_the_socket_cannot_end_the_host(pair: tuple[Any
     for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 1000, noise + b"\x00\x05hello", noise + b"\xff\xff"):
         reader, writer = await asyncio.open_connection(host, port)
         writer.write(garbage)
-        writer.write_eof()
+        with contextlib.suppress(OSError):  # the host may have reset the connection before the end is written
+            writer.write_eof()
         with contextlib.suppress(ConnectionError):
             async with asyncio.timeout(DEADLINE_S):
                 await reader.read()
