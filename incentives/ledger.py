@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from protocol.messages import Accept, JobRequest, ReceiptAck, Voucher, WorkReceipt
+from protocol.messages import Accept, Commitment, JobRequest, ReceiptAck, Verdict, Voucher, WorkReceipt
 from protocol.units import Address, Digest, FinishReason, JobId, Wei
 
 
@@ -150,6 +150,67 @@ class SettlementDropped:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class PromptKept:
+    """What a job's prompt hash is over, kept for an audit: sealed at rest under a key of its own.
+
+    Provider: written with JobOpened. Client: before its request leaves. `salt`: 32 bytes.
+    """
+
+    role: Role
+    job_id: JobId
+    salt: bytes
+    prompt: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputKept:
+    """The transcript leaves (or vectors) under receipt `step`, in one write with ReceiptIssued or ReceiptVouched.
+
+    `content`: the leaves' canonical bytes one after the other (transcript.py), or an embedding job's vectors.
+    """
+
+    role: Role
+    job_id: JobId
+    step: int
+    content: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContentShredded:
+    """The key of a job's kept content is destroyed: its bills stay, its texts are gone."""
+
+    role: Role
+    job_id: JobId
+
+
+@dataclass(frozen=True, slots=True)
+class CommitmentMade:
+    """Provider: this commitment will be signed and posted. Written before the signature exists; one per key, for ever.
+
+    `entries`: the tree's entries, packed (dossier.py). `secret`: what `lot` hides. `decoy`: the job made wrong on
+    purpose in it, or zero.
+    """
+
+    key: Digest
+    commitment: Commitment
+    entries: bytes
+    secret: bytes
+    decoy: JobId
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictMade:
+    """Validator: this verdict's digest will be committed. Written before; one per case and round, for ever.
+
+    `findings`: the per-job results behind it, as JSON for `tally case show`.
+    """
+
+    verdict: Verdict
+    digest: Digest
+    findings: str
+
+
 Record = (
     JobOpened
     | ReceiptIssued
@@ -162,4 +223,9 @@ Record = (
     | SettlementSent
     | SettlementMined
     | SettlementDropped
+    | PromptKept
+    | OutputKept
+    | ContentShredded
+    | CommitmentMade
+    | VerdictMade
 )

@@ -13,14 +13,35 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
-from incentives.ledger import ChannelKey, Record, Role, SlotSeen
+from incentives.ledger import ChannelKey, CommitmentMade, Record, Role, SlotSeen, VerdictMade
 from protocol.eip712 import Domain
 from protocol.errors import TallyError
 from protocol.frames import OfferEnvelope
-from protocol.messages import Accept, JobRequest, Profile, Tariff, Voucher, WorkReceipt
+from protocol.merkle import Entry, SumNode
+from protocol.messages import (
+    Accept,
+    Commitment,
+    JobRequest,
+    Profile,
+    Tariff,
+    Verdict,
+    Voucher,
+    WorkReceipt,
+)
 from protocol.offers import CheckedOffer
 from protocol.options import NO_OPTIONS, JobOptions
-from protocol.units import ZERO_DIGEST, Address, Digest, FinishReason, JobId, JobKind, Verifiability, Wei
+from protocol.transcript import Row
+from protocol.units import (
+    ZERO_DIGEST,
+    Address,
+    AuditOutcome,
+    Digest,
+    FinishReason,
+    JobId,
+    JobKind,
+    Verifiability,
+    Wei,
+)
 
 # --------------------------------------------------------------------------------------------------- time, entropy
 
@@ -297,6 +318,54 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
 
+@dataclass(frozen=True, slots=True)
+class ReplayRequest:
+    """A finished generation to look at again. `rows`: the output as recorded in the transcript, in order."""
+
+    prompt: tuple[int, ...]
+    rows: tuple[Row, ...]
+    seed: bytes
+    sampling: Sampling
+    options: JobOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What one prefill over prompt and output shows, one number per output token.
+
+    `margins`: logits (sampling.py; inf outside the tolerant nucleus). `logprobs`: absolute distance of the recorded
+    log-probability, nats. `projections`: relative distance of the recorded projection. `routing`: whether the experts
+    recorded are those chosen now (always True in a dense model). `gaps`: logits between the best and the second score.
+    `ends`: output indices at which the job had to stop, by its stop ids or EOS.
+    """
+
+    margins: tuple[float, ...]
+    logprobs: tuple[float, ...]
+    projections: tuple[float, ...]
+    routing: tuple[bool, ...]
+    gaps: tuple[float, ...]
+    ends: tuple[int, ...]
+
+
+class Replayer(Protocol):
+    """Looks at finished work again, with the weights of one profile. No decoding."""
+
+    @property
+    def profile(self) -> Profile: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def replay(self, request: ReplayRequest) -> Replay:
+        """Raises: ValueError for token ids, lengths, parameters or a grammar that could never have been served."""
+        ...
+
+    async def embed(self, inputs: Sequence[tuple[int, ...]], dimensions: int) -> tuple[bytes, ...]:
+        """As Engine.embed. Raises: ValueError."""
+        ...
+
+
 # ------------------------------------------------------------------------------------------------------------- store
 
 
@@ -369,6 +438,31 @@ class SettlementRow:
     vouchers: tuple[tuple[Address, Wei], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a job's transcript needs beside its documents. `content`: leaves or vectors, in order (OutputKept)."""
+
+    salt: bytes
+    prompt: tuple[int, ...]
+    content: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CommitmentRow:
+    """One commitment of this provider. `record`: as journaled."""
+
+    record: CommitmentMade
+    made_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictRow:
+    """One verdict of this validator. `record`: as journaled."""
+
+    record: VerdictMade
+    made_at_ms: int
+
+
 class Store(Protocol):
     """The journal and what is read back from it. One process at a time holds it (lock file)."""
 
@@ -400,6 +494,26 @@ class Store(Protocol):
     async def receipt(self, digest_prefix: bytes) -> ReceiptRow | None: ...
 
     async def settlements(self, *, state: str | None = None, limit: int = 1000) -> list[SettlementRow]: ...
+
+    async def kept(self, role: Role, job_id: JobId) -> Kept | None:
+        """A job's kept content; None when it was never kept or its key is destroyed."""
+        ...
+
+    async def kept_before(self, role: Role, opened_before_ms: int, limit: int = 1000) -> list[JobId]:
+        """Jobs opened earlier than that whose content is still kept, oldest first."""
+        ...
+
+    async def commitment(self, key: Digest) -> CommitmentRow | None: ...
+
+    async def commitments(self, limit: int = 1000) -> list[CommitmentRow]:
+        """Newest first."""
+        ...
+
+    async def verdict(self, case_id: Digest, round_: int) -> VerdictRow | None: ...
+
+    async def verdicts(self, limit: int = 1000) -> list[VerdictRow]:
+        """Newest first."""
+        ...
 
     async def get_value(self, key: str) -> bytes | None:
         """A small durable setting (event cursor, sequence numbers)."""
@@ -650,6 +764,191 @@ class Chain(Protocol):
 
     async def claim_reservation(self, provider: Address, reservation_ids: Sequence[Digest]) -> Mined:
         """Send the provider what it earned with these rights by now."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------------- court
+
+
+class CaseState(IntEnum):
+    """Where a case stands (contracts/src/ICourt.sol). NONE: nothing was drawn for that commitment yet.
+
+    SUBMIT: members commit to verdicts. REVEAL: they open them. ANSWER: found guilty, the accused may answer or appeal.
+    CLOSED: `outcome` stands and is carried out. UNDECIDED: no round reached a quorum; nobody is punished.
+    """
+
+    NONE = 0
+    SUBMIT = 1
+    REVEAL = 2
+    ANSWER = 3
+    CLOSED = 4
+    UNDECIDED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class CourtRules:
+    """Constants of the deployed Court. Times in seconds, amounts in wei.
+
+    `commit_window`: from an epoch's end until its commitment is overdue. `submit_window`, `reveal_window`: of each
+    round at most. `answer_window`: from a guilty verdict to its execution. `committees`: members per round.
+    """
+
+    epoch_seconds: int
+    commit_window: int
+    submit_window: int
+    reveal_window: int
+    answer_window: int
+    committees: tuple[int, int, int]
+    validator_stake: Wei
+    validator_penalty: Wei
+    appeal_bond: Wei
+
+
+@dataclass(frozen=True, slots=True)
+class CommitmentRecord:
+    """A commitment as the Court keeps it. `lot`: see Commitment. `beacon`: zero until the case is drawn.
+
+    `earlier`: jobs this provider committed to under the profile before it.
+    """
+
+    key: Digest
+    provider: Address
+    profile_id: Digest
+    epoch: int
+    root: Digest
+    count: int
+    total: Wei
+    lot: Digest
+    block: int
+    beacon: Digest
+    earlier: int
+
+
+@dataclass(frozen=True, slots=True)
+class CaseMember:
+    """One seat of the current round. `submitted`: the verdict's digest, or zero. `verdict`: once revealed."""
+
+    validator: Address
+    submitted: Digest
+    verdict: Verdict | None
+    credited: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CaseRecord:
+    """A case as the Court has it now. `until`: Unix second at which the state's window ends. `members`: of `round`.
+
+    `outcome`: of the last quorum. `evidence`: the provider's e-value after it, in 1e-18. `slashed`: wei.
+    `was_forced`: the accused showed that this commitment had to hold an error.
+    """
+
+    id: Digest
+    provider: Address
+    profile_id: Digest
+    epoch: int
+    state: CaseState
+    round: int
+    until: int
+    outcome: AuditOutcome
+    members: tuple[CaseMember, ...]
+    evidence: int
+    slashed: Wei
+    was_forced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CourtEvent:
+    """Something the Court logged. `name`: the Solidity event. `case_id`: the commitment's key it is about, or zero.
+
+    `about`: the wallet it is about, or zero. `values`: the event's other arguments by name.
+    """
+
+    name: str
+    block: int
+    case_id: Digest
+    about: Address
+    values: dict[str, int | bytes]
+
+
+class Court(Protocol):
+    """The Court contract as this node needs it. Sending calls act from this node's wallet.
+
+    Every call raises ChainUnavailable; sending ones ChainError too, when the contract refuses.
+    """
+
+    @property
+    def domain(self) -> Domain: ...
+
+    async def rules(self) -> CourtRules: ...
+
+    async def now(self) -> int:
+        """Unix seconds of the newest block, or of the wall clock when that is later."""
+        ...
+
+    async def events(self, first_block: int) -> tuple[list[CourtEvent], int]:
+        """What was logged from that block on, in order, and the block to ask from next time."""
+        ...
+
+    async def commitment(self, key: Digest) -> CommitmentRecord | None: ...
+
+    async def case(self, case_id: Digest) -> CaseRecord | None: ...
+
+    async def validators(self) -> tuple[Address, ...]:
+        """Enlisted wallets, in the Court's order."""
+        ...
+
+    async def evidence(self, provider: Address) -> int:
+        """The provider's e-value, in 1e-18."""
+        ...
+
+    async def credits(self, validator: Address) -> tuple[int, int]:
+        """(credited tokens, missed reveals) so far: what validation pay will follow from."""
+        ...
+
+    async def profile_registered(self, profile_id: Digest) -> bool: ...
+
+    async def register_profile(self, profile: Profile) -> Mined:
+        """Make the profile one that providers can be judged under. Raises: ChainError for a flag rate too high."""
+        ...
+
+    async def enlist(self) -> Mined:
+        """Be drawn for committees from now on: needs a node key and the validators' stake."""
+        ...
+
+    async def retire(self) -> Mined: ...
+
+    async def post_commitment(self, commitment: Commitment, signature: bytes) -> Mined: ...
+
+    async def draw(self, case_id: Digest) -> Mined:
+        """Fix the beacon of a commitment at least two blocks old and open its case."""
+        ...
+
+    async def submit(self, case_id: Digest, verdict_digest: Digest) -> Mined: ...
+
+    async def reveal(self, verdict: Verdict) -> Mined: ...
+
+    async def conclude(self, case_id: Digest) -> Mined:
+        """Count the round: a verdict, or the next round, or no verdict."""
+        ...
+
+    async def execute(self, case_id: Digest) -> Mined:
+        """Carry out a verdict whose answer window is over."""
+        ...
+
+    async def answer(self, case_id: Digest, secret: bytes) -> Mined:
+        """As the accused: show that the error was forced."""
+        ...
+
+    async def appeal(self, case_id: Digest) -> Mined:
+        """As the accused: put up the bond and ask for the next, larger committee."""
+        ...
+
+    async def prove(self, kind: int, proof: bytes) -> Mined:
+        """Punish an objective fault (contracts/src/IFaults.sol) for the reporter's share."""
+        ...
+
+    async def compensation(self, case_id: Digest, entry: Entry, index: int, siblings: Sequence[SumNode]) -> Mined:
+        """Send the payer of a committed job its share of a slash."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The frames of /tally/job/1, /tally/offers/1 and /tally/card/1: what travels, encoded and bounded.
+"""The frames of /tally/job/1, /tally/offers/1, /tally/card/1 and /tally/audit/1: what travels, encoded and bounded.
 
 A frame is a msgpack array whose first element is the tag (protocol/README.md section 3); framing.py adds the u32
 length. Decoding validates types and sizes; anything else raises MalformedFrame, which costs the sender its stream.
@@ -20,6 +20,7 @@ from protocol.units import LEAF_TOKENS, MAX_FRAME_BYTES
 JOB_PROTOCOL = "/tally/job/1"
 OFFERS_PROTOCOL = "/tally/offers/1"
 CARD_PROTOCOL = "/tally/card/1"
+AUDIT_PROTOCOL = "/tally/audit/1"
 
 CHUNK_BYTES = 60 * 1024
 """Payload of one chunk of a prompt or a card: a frame less generous room for its header and seal."""
@@ -221,6 +222,42 @@ class CardChunk(Struct, frozen=True, array_like=True, tag=32, forbid_unknown_fie
     data: Chunk
 
 
+class AuditAsk(Struct, frozen=True, array_like=True, tag=40, forbid_unknown_fields=True):
+    """Anyone: which jobs does this commitment hold? `commitment`: its key. `box_key`: for dossiers, if any follow."""
+
+    commitment: Hash
+    box_key: Hash
+
+
+class AuditHead(Struct, frozen=True, array_like=True, tag=41, forbid_unknown_fields=True):
+    """Provider: the commitment; `chunks` AuditEntries frames follow."""
+
+    commitment: Packed  # Commitment
+    signature: Signature
+    chunks: Annotated[int, Meta(ge=1, le=4096)]
+
+
+class AuditEntries(Struct, frozen=True, array_like=True, tag=42, forbid_unknown_fields=True):
+    """Provider: a piece of the tree's entries, 76 bytes each (dossier.py)."""
+
+    data: Chunk
+
+
+class DossierAsk(Struct, frozen=True, array_like=True, tag=43, forbid_unknown_fields=True):
+    """Validator of the case: the transcript of this drawn job."""
+
+    job_id: Hash
+
+
+class DossierChunk(Struct, frozen=True, array_like=True, tag=44, forbid_unknown_fields=True):
+    """Provider: piece `index` of `count` of the dossier, sealed to the asker's box key."""
+
+    index: Count
+    count: Annotated[int, Meta(ge=1, le=1024)]
+    sealed: Chunk
+
+
+AuditFrame = AuditAsk | AuditHead | AuditEntries | DossierAsk | DossierChunk
 JobFrame = (
     QuoteAsk
     | Quote
@@ -239,7 +276,7 @@ JobFrame = (
     | Ping
     | Pong
 )
-Frame = JobFrame | OffersAsk | OfferEnvelope | OffersEnd | CardAsk | CardHead | CardChunk
+Frame = JobFrame | OffersAsk | OfferEnvelope | OffersEnd | CardAsk | CardHead | CardChunk | AuditFrame
 
 
 class TokenBatch(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -1,20 +1,34 @@
-"""Merkle-sum tree: a root over receipts that also fixes what they add up to.
+"""Merkle-sum tree: a root over an epoch's jobs that also fixes what they add up to.
 
-A node is (hash, sum); a parent hashes both children with their sums, so no receipt can be left out of the total
-and no total can be inflated without changing the root. Leaves and inner nodes are hashed under different tags
+A node is (hash, sum); a parent hashes both children with their sums, so no job can be left out of the total and no
+total can be inflated without changing the root. Leaves and inner nodes are hashed under different tags
 (second-preimage safe, RFC 6962 2.1); an odd node is carried up unchanged. Every hash is 32 bytes and every sum at
 most MAX_AMOUNT, so a sum that is negative or wraps around cannot hide inside the tree.
+
+Leaves stand in ascending order of job id, each job once. So two neighbouring leaves prove that a job between them is
+absent, and two neighbours in the wrong order prove that the tree was not built by this rule. The side of each
+sibling follows from the leaf's index and the tree's count, so a proof also proves the index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from eth_hash.auto import keccak
 
 from protocol.errors import FieldOutOfRange
-from protocol.units import MAX_AMOUNT, ZERO_DIGEST, Digest, Wei
+from protocol.units import MAX_AMOUNT, ZERO_DIGEST, Digest, JobId, Wei
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A job in the tree: its id, the digest of its last receipt, and what it owes in wei."""
+
+    job_id: JobId
+    receipt: Digest
+    amount: Wei
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,27 +39,30 @@ class SumNode:
     total: Wei
 
 
-@dataclass(frozen=True, slots=True)
-class ProofStep:
-    """A sibling on the way up, and on which side it stands."""
-
-    sibling: SumNode
-    sibling_is_left: bool
-
-
 EMPTY = SumNode(ZERO_DIGEST, Wei(0))
 
 
-def leaf(receipt: Digest, amount: Wei) -> SumNode:
-    """Leaf of one receipt, by its digest, worth `amount` wei.
+def leaf(entry: Entry) -> SumNode:
+    """keccak256(0 || job id || receipt || amount as u256), worth `amount` wei.
 
-    Raises: FieldOutOfRange for a digest that is not 32 bytes or an amount that no voucher holds.
+    Raises: FieldOutOfRange for an id or digest that is not 32 bytes or an amount that no voucher holds.
     """
-    if len(receipt) != 32:
-        raise FieldOutOfRange("SumNode", "receipt", receipt)
-    if not 0 <= amount <= MAX_AMOUNT:
-        raise FieldOutOfRange("SumNode", "amount", amount)
-    return SumNode(Digest(keccak(b"\0" + receipt + amount.to_bytes(32, "big"))), amount)
+    for name in ("job_id", "receipt"):
+        if len(getattr(entry, name)) != 32:
+            raise FieldOutOfRange("Entry", name, getattr(entry, name))
+    if not 0 <= entry.amount <= MAX_AMOUNT:
+        raise FieldOutOfRange("Entry", "amount", entry.amount)
+    packed = b"\0" + entry.job_id + entry.receipt + entry.amount.to_bytes(32, "big")
+    return SumNode(Digest(keccak(packed)), entry.amount)
+
+
+def ordered(entries: Iterable[Entry]) -> list[Entry]:
+    """In the tree's order. Raises: FieldOutOfRange when a job stands twice."""
+    out = sorted(entries, key=lambda entry: entry.job_id)
+    for before, after in pairwise(out):
+        if before.job_id == after.job_id:
+            raise FieldOutOfRange("Entry", "job_id", after.job_id)
+    return out
 
 
 def _parent(left: SumNode, right: SumNode) -> SumNode:
@@ -67,37 +84,45 @@ def _level_up(level: Sequence[SumNode]) -> list[SumNode]:
     return [*pairs, level[-1]] if len(level) % 2 else pairs
 
 
-def root(leaves: Sequence[SumNode]) -> SumNode:
-    """Root and total of the leaves, in order; EMPTY for none. Raises: FieldOutOfRange for a total above MAX_AMOUNT."""
-    level = list(leaves)
+def root(entries: Sequence[Entry]) -> SumNode:
+    """Root and total of the entries as they stand; EMPTY for none. Raises: FieldOutOfRange for a total above
+    MAX_AMOUNT."""
+    level = [leaf(entry) for entry in entries]
     while len(level) > 1:
         level = _level_up(level)
     return level[0] if level else EMPTY
 
 
-def prove(leaves: Sequence[SumNode], index: int) -> tuple[ProofStep, ...]:
-    """Inclusion proof of leaf `index`. Raises: IndexError."""
-    if not 0 <= index < len(leaves):
-        raise IndexError(f"leaf {index} of {len(leaves)}")
-    level, steps = list(leaves), []
+def prove(entries: Sequence[Entry], index: int) -> tuple[SumNode, ...]:
+    """The siblings of leaf `index` from the leaf up. Raises: IndexError."""
+    if not 0 <= index < len(entries):
+        raise IndexError(f"leaf {index} of {len(entries)}")
+    level, siblings = [leaf(entry) for entry in entries], []
     while len(level) > 1:
-        sibling = index ^ 1
-        if sibling < len(level):
-            steps.append(ProofStep(level[sibling], sibling_is_left=sibling < index))
+        if index ^ 1 < len(level):
+            siblings.append(level[index ^ 1])
         level = _level_up(level)
         index //= 2
-    return tuple(steps)
+    return tuple(siblings)
 
 
-def verify(receipt: Digest, amount: Wei, proof: Sequence[ProofStep], expected: SumNode) -> bool:
-    """Whether `proof` leads from the receipt's leaf to the `expected` root and total, every sum on the way in range.
+def verify(entry: Entry, index: int, count: int, siblings: Sequence[SumNode], expected: SumNode) -> bool:
+    """Whether `entry` is leaf `index` of `count` under the `expected` root and total, every sum on the way in range.
 
-    The leaf is hashed here, from the receipt's digest: an inner node offered as a leaf is never one.
+    The leaf is hashed here, from its parts: an inner node offered as a leaf is never one.
     """
+    if not 0 <= index < count:
+        return False
+    rest = list(siblings)
     try:
-        node = leaf(receipt, amount)
-        for step in proof:
-            node = _parent(step.sibling, node) if step.sibling_is_left else _parent(node, step.sibling)
+        node = leaf(entry)
+        while count > 1:
+            if index ^ 1 < count:
+                if not rest:
+                    return False
+                sibling = rest.pop(0)
+                node = _parent(sibling, node) if index & 1 else _parent(node, sibling)
+            index, count = index // 2, (count + 1) // 2
     except FieldOutOfRange:
         return False
-    return node == expected
+    return not rest and node == expected

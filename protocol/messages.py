@@ -90,6 +90,8 @@ class Profile:
     """What exactly computes: two nodes of one profile id write the same text from the same seed.
 
     `weights_root`: SHA-256 over the sorted weight files. `active_parameters`, `total_parameters`: counts.
+    `margin_milli` (logits x 1000), `logprob_micro` (nats x 1e6) and `projection_micro` (relative distance x 1e6):
+    beyond any of them an audited token is flagged. `flag_ppm`: rate of flags granted to honest work (calibration).
     The layer shape fields are those of the STE formula (protocol/metering.py). `moe_layers`: layers with a router,
     whose choices each token's leaf records. `reasoning_start`, `reasoning_end`: token ids that open and close a
     reasoning block, both 0 when the template has none.
@@ -104,6 +106,8 @@ class Profile:
     engine_hash: B32
     sampler_hash: B32
     margin_milli: U32
+    logprob_micro: U32
+    projection_micro: U32
     flag_ppm: U32
     active_parameters: U64
     total_parameters: U64
@@ -256,13 +260,43 @@ class NodeKeyConsent:
 
 @dataclass(frozen=True, slots=True)
 class Commitment:
-    """A provider's receipts of one epoch: Merkle-sum root, count and total wei."""
+    """A provider's jobs of one epoch and profile: Merkle-sum root (merkle.py), count and total wei.
+
+    A job belongs to the epoch of its receipts' `received_at`. `lot`: keccak256 of the secret that decides, with the
+    beacon drawn later, whether this commitment had to hold a forced error.
+    """
 
     provider: Addr
+    profile_id: B32
     epoch: U64
     root: B32
     count: U32
     total: U96
+    lot: B32
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one validator found in one round of a case. Its digest is committed first, the document revealed later.
+
+    `case_id`: the commitment's key. `outcome`: an AuditOutcome. `tokens`, `flags`, `voids`: over all audited jobs,
+    `worst_*`: of the job with the least likely flags. `gaps`: 16 big-endian int16, thousandths of a logit between the
+    best and the second score at the beacon's positions. `results_root`: SHA-256 over the per-job results (audit.py).
+    """
+
+    validator: Addr
+    case_id: B32
+    round: U8
+    outcome: U8
+    tokens: U32
+    flags: U32
+    voids: U32
+    worst_tokens: U32
+    worst_flags: U32
+    worst_voids: U32
+    gaps: B32
+    results_root: B32
+    salt: B32
 
 
 DOCUMENTS: Final = (
@@ -277,5 +311,6 @@ DOCUMENTS: Final = (
     SessionConsent,
     NodeKeyConsent,
     Commitment,
+    Verdict,
 )
 """All documents, in the order they are generated in."""

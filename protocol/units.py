@@ -67,6 +67,21 @@ class FinishReason(IntEnum):
     ERROR = 6
 
 
+class AuditOutcome(IntEnum):
+    """What a validator found in a case.
+
+    PASS: nothing wrong. WITHHELD: a transcript was not delivered in time. FORGED: the documents contradict the
+    transcript or each other. IMPROBABLE: so many flags have a probability below 1e-9 in honest work. VOID: some token
+    is far off, too few for IMPROBABLE; a larger committee looks again.
+    """
+
+    PASS = 0
+    WITHHELD = 1
+    FORGED = 2
+    IMPROBABLE = 3
+    VOID = 4
+
+
 class Verifiability(IntEnum):
     """What a provider's output can be checked by (DESIGN: verification)."""
 

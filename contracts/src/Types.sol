@@ -69,6 +69,8 @@ struct Profile {
     bytes32 engineHash;
     bytes32 samplerHash;
     uint32 marginMilli;
+    uint32 logprobMicro;
+    uint32 projectionMicro;
     uint32 flagPpm;
     uint64 activeParameters;
     uint64 totalParameters;
@@ -184,13 +186,32 @@ struct NodeKeyConsent {
     uint64 deadline;
 }
 
-/// @notice A provider's receipts of one epoch: Merkle-sum root, count and total wei.
+/// @notice A provider's jobs of one epoch and profile: Merkle-sum root (merkle.py), count and total wei.
 struct Commitment {
     address provider;
+    bytes32 profileId;
     uint64 epoch;
     bytes32 root;
     uint32 count;
     uint96 total;
+    bytes32 lot;
+}
+
+/// @notice What one validator found in one round of a case. Its digest is committed first, the document revealed later.
+struct Verdict {
+    address validator;
+    bytes32 caseId;
+    uint8 round;
+    uint8 outcome;
+    uint32 tokens;
+    uint32 flags;
+    uint32 voids;
+    uint32 worstTokens;
+    uint32 worstFlags;
+    uint32 worstVoids;
+    bytes32 gaps;
+    bytes32 resultsRoot;
+    bytes32 salt;
 }
 
 /// @dev keccak256 of `EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)`.
@@ -203,8 +224,8 @@ bytes32 constant DOMAIN_VERSION_HASH = 0xc89efdaa54c0f20c7adf612882df0950f5a9516
 bytes32 constant TARIFF_TYPEHASH = 0xb387d62cdf61b6febde661cb5f28176bc617a2d0815055e760b0a05776bd9083;
 /// @dev keccak256 of `Offer(address provider,uint64 sequence,bytes32 boxKey,bytes32 modelHash,bytes32 profileId,uint32 slots,uint32 loadBps,uint32 maxContext,uint32 maxOutput,bytes32 tariffHash,bytes32 regionHash,uint32 retentionHours,uint8 verifiability,uint64 baseEpoch,uint32 baseBps,uint32 baseParentBps,uint32 baseUtilisationBps,uint64 expiresAt)`.
 bytes32 constant OFFER_TYPEHASH = 0xcaffb1a789c7890c207d1198530d7efebd317aa1d024cbfa969f5a1e647c7055;
-/// @dev keccak256 of `Profile(bytes32 weightsRoot,bytes32 tokenizerHash,bytes32 chatTemplateHash,bytes32 specialPolicyHash,bytes32 dtypeHash,bytes32 kvDtypeHash,bytes32 engineHash,bytes32 samplerHash,uint32 marginMilli,uint32 flagPpm,uint64 activeParameters,uint64 totalParameters,uint64 bodyParameters,uint64 headParameters,uint32 layers,uint32 heads,uint32 headDim,uint32 window,uint32 moeLayers,uint32 experts,uint32 expertsChosen,uint32 reasoningStart,uint32 reasoningEnd)`.
-bytes32 constant PROFILE_TYPEHASH = 0x31863a12d27c5ec350ea85ddde130bd8ca80dfe7a44b0f4bff5ce10d1929c275;
+/// @dev keccak256 of `Profile(bytes32 weightsRoot,bytes32 tokenizerHash,bytes32 chatTemplateHash,bytes32 specialPolicyHash,bytes32 dtypeHash,bytes32 kvDtypeHash,bytes32 engineHash,bytes32 samplerHash,uint32 marginMilli,uint32 logprobMicro,uint32 projectionMicro,uint32 flagPpm,uint64 activeParameters,uint64 totalParameters,uint64 bodyParameters,uint64 headParameters,uint32 layers,uint32 heads,uint32 headDim,uint32 window,uint32 moeLayers,uint32 experts,uint32 expertsChosen,uint32 reasoningStart,uint32 reasoningEnd)`.
+bytes32 constant PROFILE_TYPEHASH = 0x43909ab4ef6987b5cbadca889e228cc0cf44400f06f2f915ca55626b696d3033;
 /// @dev keccak256 of `JobRequest(address provider,address client,bytes32 profileId,uint8 kind,bytes32 promptHash,uint32 promptTokens,uint32 maxTokens,uint32 temperatureMicro,uint32 topPMicro,uint32 topK,bytes32 optionsHash,uint8 tier,bool isPrivate,bytes32 tariffHash,uint32 baseBps,bytes32 reservation,uint96 priceCeiling,bytes32 clientNonce,bytes32 providerCommitment,bytes32 clientBoxKey,uint64 deadline,bytes32 parentJob,bytes32 parentSeed)`.
 bytes32 constant JOB_REQUEST_TYPEHASH = 0x60720efcf2afcf77292a21e422cdf7f300019e9b264e3bcce370dfaa935606c7;
 /// @dev keccak256 of `Accept(bytes32 jobId,bytes32 providerNonce,bytes32 seed,uint64 acceptedAt)`.
@@ -219,8 +240,10 @@ bytes32 constant VOUCHER_TYPEHASH = 0x65cc32fed6eb4f8a4aefae80199115fa5d7bac1f2b
 bytes32 constant SESSION_CONSENT_TYPEHASH = 0x30adede825f70b84889298d3f88afe3198f58591bd3ac708a4ac03288b5548bc;
 /// @dev keccak256 of `NodeKeyConsent(address wallet,uint64 deadline)`.
 bytes32 constant NODE_KEY_CONSENT_TYPEHASH = 0xb351604c0b9b3371022ffd4573c052da7dc5512717954b1d79cf36be65963166;
-/// @dev keccak256 of `Commitment(address provider,uint64 epoch,bytes32 root,uint32 count,uint96 total)`.
-bytes32 constant COMMITMENT_TYPEHASH = 0x99418619b971a8828555a5ed70e74f27b83cd3dd1bee1126c7c5fb54d86b8ca8;
+/// @dev keccak256 of `Commitment(address provider,bytes32 profileId,uint64 epoch,bytes32 root,uint32 count,uint96 total,bytes32 lot)`.
+bytes32 constant COMMITMENT_TYPEHASH = 0x8fa59e3de36ee23eaf9f5af8879a9d6f42116134b5b33b1f7ad5b916d43ed7e1;
+/// @dev keccak256 of `Verdict(address validator,bytes32 caseId,uint8 round,uint8 outcome,uint32 tokens,uint32 flags,uint32 voids,uint32 worstTokens,uint32 worstFlags,uint32 worstVoids,bytes32 gaps,bytes32 resultsRoot,bytes32 salt)`.
+bytes32 constant VERDICT_TYPEHASH = 0x946309d76e5bdc5657f3f3fc46c14f927e33479062beb3d6bf7af0c7c6844332;
 
 /// @notice EIP-712 hashing of every signed document; static fields only, so one word a field.
 library Types {
@@ -287,5 +310,10 @@ library Types {
     /// @notice hashStruct of a Commitment.
     function hashCommitment(Commitment memory document) internal pure returns (bytes32) {
         return keccak256(abi.encode(COMMITMENT_TYPEHASH, document));
+    }
+
+    /// @notice hashStruct of a Verdict.
+    function hashVerdict(Verdict memory document) internal pure returns (bytes32) {
+        return keccak256(abi.encode(VERDICT_TYPEHASH, document));
     }
 }

@@ -14,6 +14,7 @@ import {
     SessionConsent,
     NodeKeyConsent,
     Commitment,
+    Verdict,
     Types
 } from "../src/Types.sol";
 
@@ -69,5 +70,9 @@ contract TypesHarness {
 
     function hashCommitment(Commitment calldata document) external pure returns (bytes32) {
         return Types.hashCommitment(document);
+    }
+
+    function hashVerdict(Verdict calldata document) external pure returns (bytes32) {
+        return Types.hashVerdict(document);
     }
 }

@@ -85,6 +85,8 @@ def declared_profile(declared: Declared, served: str, *, ids_shown: bool) -> Pro
         engine_hash=Digest(_sha256(ENGINE_NAME.encode())),
         sampler_hash=Digest(_sha256(SAMPLER_NAME.encode())),
         margin_milli=0,
+        logprob_micro=0,
+        projection_micro=0,
         flag_ppm=ANY_FLAG_PPM,
         **_shape(declared.config, directory),
         moe_layers=0,

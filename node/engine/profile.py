@@ -29,6 +29,12 @@ GRAMMAR_RULES: Final = "2"
 MARGIN_MILLI: Final = 100
 """A margin above 0.1 logits flags a token. Unit: logits x 1000."""
 
+LOGPROB_MICRO: Final = 20_000
+"""A log-probability further than 0.02 from the replay's flags a token. Unit: nats x 1e6."""
+
+PROJECTION_MICRO: Final = 30_000
+"""A projected hidden state further than 3 % from the replay's flags a token. Unit: relative distance x 1e6."""
+
 FLAG_PPM: Final = 1_000
 """Flag rate granted to honest work, per million tokens: eight times the 1.2e-4 measured between bf16 kernels."""
 
@@ -95,6 +101,8 @@ def profile_of(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Pro
         engine_hash=Digest(_sha256(ENGINE_VERSION.encode())),
         sampler_hash=Digest(_sha256(f"{SAMPLER_VERSION} {grammar_version()}".encode())),
         margin_milli=MARGIN_MILLI,
+        logprob_micro=LOGPROB_MICRO,
+        projection_micro=PROJECTION_MICRO,
         flag_ppm=FLAG_PPM,
         active_parameters=total - spec.idle_parameters,
         total_parameters=total,

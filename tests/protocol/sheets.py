@@ -64,6 +64,8 @@ PROFILE: Final = Profile(
         ZERO_DIGEST,
     ),
     margin_milli=100,
+    logprob_micro=10000,
+    projection_micro=20000,
     flag_ppm=1_000,
     active_parameters=8_000_000_000,
     total_parameters=8_000_000_000,
