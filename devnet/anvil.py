@@ -40,7 +40,8 @@ class AnvilError(TallyError):
 class AnvilOptions:
     """How to start it. `state`: file the chain is loaded from and, on `stop`, written to.
 
-    `port` 0 lets the system choose. `block_seconds` None mines a block per transaction.
+    `port` 0 lets the system choose. `block_seconds` None mines a block per transaction and no
+    other; a number mines one at that interval too, as the beacon of an audit needs blocks that nobody asked for.
     `mnemonic` None means Anvil's own well-known one. `timestamp`: of the genesis block, Unix seconds.
     """
 
@@ -57,7 +58,7 @@ class AnvilOptions:
         out = ["--host", "127.0.0.1", "--port", str(self.port), "--chain-id", str(self.chain_id)]
         out += ["--accounts", str(self.accounts), "--threads", "1", "--no-cors"]
         if self.block_seconds is not None:
-            out += ["--block-time", str(self.block_seconds)]
+            out += ["--block-time", str(self.block_seconds), "--mixed-mining"]
         if self.state is not None:
             out += ["--state", str(self.state)]
         if self.mnemonic is not None:
