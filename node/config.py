@@ -31,6 +31,7 @@ from node.config_values import (
     optional_path,
     optional_url,
     path,
+    paths,
     port,
     price,
     rate,
@@ -54,6 +55,7 @@ __all__ = [
     "NodeConfig",
     "ProviderConfig",
     "TransportConfig",
+    "ValidatorConfig",
     "default_home",
     "load",
 ]
@@ -170,6 +172,24 @@ class ExchangeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ValidatorConfig:
+    """What is checked of others' work. `model_dirs`: one per profile that can be replayed. `stake`: wei to hold staked.
+
+    `poll`: s between looks at the Court. `max_audits`: cases whose transcripts are fetched at the same time; replays
+    run one after the other whatever it is. `auto_draw`: send the draws and counts that anybody may send.
+    """
+
+    model_dirs: tuple[Path, ...]
+    stake: Wei
+    poll: int
+    max_audits: int
+    auto_draw: bool
+    dtype: str
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
 class EconomicsConfig:
     """What serving costs its owner; read by `tally provider economics` and never told to anybody.
 
@@ -206,6 +226,7 @@ class NodeConfig:
     provider: ProviderConfig
     client: ClientConfig
     exchange: ExchangeConfig
+    validator: ValidatorConfig
     economics: EconomicsConfig
     log: LogConfig
     origins: Mapping[str, str]
@@ -310,6 +331,14 @@ KEYS: Final = (
     Key("exchange.tally_usd", rate, None, "USD that one TALLY is worth; without it nothing is compared or sent"),
     Key("exchange.models", names, (), "models that have another name there, as NAME=THEIRS"),
     Key("exchange.private", yes_no, False, "whether that platform may be in a private network"),
+    Key("validator.model_dirs", paths, (), "Hugging Face model directories whose profiles this node can replay"),
+    Key("validator.stake", tally, "100", "TALLY to hold as stake in the Registry; the Court names the least"),
+    Key("validator.poll", duration, "2s", "time between looks at the Court"),
+    Key("validator.max_audits", count(1, 64), 4, "cases whose transcripts are fetched at the same time"),
+    Key("validator.auto_draw", yes_no, True, "whether to send the draws and counts that anybody may send"),
+    Key("validator.dtype", choice("auto", "bf16", "fp32"), "auto", "number format of the weights that are replayed"),
+    Key("validator.device", text, "cpu", "where replays compute, as torch names it: cpu, cuda, cuda:1"),
+    Key("validator.threads", count(0, 4096), 0, "CPU threads of a replay; 0 leaves it to the model's size"),
     Key("economics.currency", text, "EUR", "name of the money that the other economics settings are in"),
     Key("economics.watts_idle", count(0, 10_000_000), 0, "watts the machine draws when nothing is generated"),
     Key("economics.watts_busy", count(0, 10_000_000), 0, "watts it draws while a job runs"),
@@ -387,6 +416,7 @@ def _build(home: Path, values: Mapping[str, Any], origins: dict[str, str]) -> No
         provider=ProviderConfig(**section("provider")),
         client=ClientConfig(**section("client")),
         exchange=ExchangeConfig(**section("exchange")),
+        validator=ValidatorConfig(**section("validator")),
         economics=EconomicsConfig(**section("economics")),
         log=LogConfig(**section("log")),
         origins=MappingProxyType(origins),

@@ -158,6 +158,14 @@ def _bootstrap(value: Any) -> tuple[str, ...]:
     return items
 
 
+def _paths(value: Any) -> tuple[Path, ...]:
+    """A list of paths, or one text with commas between."""
+    items = [value] if isinstance(value, Path) else value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError(f"{value!r} is no list of paths")
+    return tuple(_path(item) for item in items if item != "")
+
+
 def _yes_no(value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -214,6 +222,7 @@ def choice(*options: str) -> Kind:
 
 text: Final = Kind("text", _text)
 path: Final = Kind("a path", _path)
+paths: Final = Kind("paths, such as models/a,models/b", _paths)
 optional_path: Final = Kind("a path", _optional_path)
 port: Final = count(0, 65_535)
 url: Final = Kind("a URL such as http://127.0.0.1:8545", _url)

@@ -66,7 +66,7 @@ def human(key: Key, settings: NodeConfig) -> Any:
     if key.kind is kinds.names:
         return [f"{ours}={theirs}" for ours, theirs in value]
     if isinstance(value, tuple):
-        return list(value)
+        return [str(item) for item in value]
     return value if isinstance(value, int) else str(value)
 
 

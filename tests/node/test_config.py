@@ -43,7 +43,7 @@ def test_every_key_has_a_field_an_origin_a_default_and_its_own_variable(tmp_path
     made = _load(tmp_path)
     names = {key.name for key in KEYS}
     assert set(made.origins) == names | {"home"}
-    sections = ("chain", "transport", "provider", "client", "exchange", "economics", "log")
+    sections = ("chain", "transport", "provider", "client", "exchange", "validator", "economics", "log")
     found = {f"{section}.{field.name}" for section in sections for field in fields(getattr(made, section))}
     assert found | {"password_file"} == names
     assert len({key.variable for key in KEYS}) == len(KEYS)
