@@ -1,7 +1,7 @@
-"""A whole market on this machine: Anvil, the contracts, providers and a gateway, each a process of its own.
+"""A whole market on this machine: Anvil, the contracts, providers, validators and a gateway, each a process of its own.
 
 Everything listens on loopback and lies in one directory; leaving the context stops every process in order: gateway
-(its last jobs are cancelled and paid), providers (they settle), chain.
+(its last jobs are cancelled and paid), providers (they settle), validators, chain.
 """
 
 from __future__ import annotations
@@ -33,7 +33,17 @@ SCRYPT_N: Final = 8192
 EPOCH_SECONDS: Final = 1
 """The devnet's tariff epoch. Unit: s. A real one takes hours; a demo cannot wait for its first price to be in force."""
 
+BLOCK_SECONDS: Final = 1
+"""Interval of blocks that nobody asked for, where validators run: a draw waits for two. Unit: s."""
+
+VALIDATOR_NICENESS: Final = 5
+"""Added to the niceness of validators: what is checked later must not slow down what somebody waits for."""
+
+DEPLOY: Final = DeployOptions(epoch_seconds=EPOCH_SECONDS, exit_delay=60)
+"""What the devnet's contracts are made with."""
+
 STAKE: Final = 1_000 * WEI_PER_TALLY
+VALIDATOR_STAKE: Final = 100 * WEI_PER_TALLY
 FUNDS: Final = 10_000 * WEI_PER_TALLY
 COIN: Final = 10**19
 
@@ -42,30 +52,39 @@ COIN: Final = 10**19
 class ClusterOptions:
     """`home`: where everything lies. `slots`: per provider. `settle_interval`: as in the configuration file.
 
-    `provider_config`: of every provider, `each_config` of the first, second, ... beyond that. `module`: as NodeProcess.
+    `provider_config`: of every provider, `each_config` of the first, second, ... beyond that; `validator_config` of
+    every validator. `module`: what runs instead of `node`. `adversaries`: nodes by
+    name ("provider-3", "validator-4") that run as a cheat of devnet/adversaries, by its name.
     """
 
     home: Path
     providers: int = 2
+    validators: int = 0
     slots: int = 8
     settle_interval: str = "10m"
     gateway_port: int = 0
     model_dir: Path = MODEL_DIR
     provider_config: dict[str, str] = field(default_factory=dict)
     client_config: dict[str, str] = field(default_factory=dict)
+    validator_config: dict[str, str] = field(default_factory=dict)
     each_config: tuple[dict[str, str], ...] = ()
+    deploy: DeployOptions = DEPLOY
+    adversaries: dict[str, str] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     module: str = "node"
 
 
 class Cluster:
-    """`async with Cluster(options) as cluster`: on entry everything serves."""
+    """`async with Cluster(options) as cluster`: on entry everything serves; validators follow (`validators_ready`)."""
 
     def __init__(self, options: ClusterOptions) -> None:
         self.options = options
         self.home = options.home
         self.providers: list[NodeProcess] = []
         self.wallets: list[Signer] = []
+        self.validators: list[NodeProcess] = []
+        self.validator_wallets: list[Signer] = []
+        self._judging: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Cluster:
@@ -92,41 +111,99 @@ class Cluster:
     def env(self) -> dict[str, str]:
         return {"TALLY_SCRYPT_N": str(SCRYPT_N), "HF_HUB_OFFLINE": "1", **self.options.env}
 
+    @property
+    def nodes(self) -> list[NodeProcess]:
+        """Every node, in the order in which they are stopped."""
+        return [self.gateway, *self.providers, *self.validators]
+
+    async def validators_ready(self) -> None:
+        """Until every validator is enlisted and watches. Raises: ProcessFailed."""
+        if self._judging is not None:
+            await asyncio.shield(self._judging)
+
     async def _start(self) -> None:
         self._prepare_home()
-        self.anvil = Anvil(AnvilOptions(state=self.home / "anvil.json"))
+        interval = BLOCK_SECONDS if self.options.validators else None
+        self.anvil = Anvil(AnvilOptions(state=self.home / "anvil.json", block_seconds=interval))
         self._stack.callback(self.anvil.stop)
+        await self._found()
+        self.validators = [self._node(f"validator-{i + 1}", "validator") for i in range(self.options.validators)]
+        await self._start_providers()
+        await self._start_gateway()
+        if self.validators:
+            self._judging = asyncio.create_task(self._start_validators())
+            self._stack.push_async_callback(self._stop_judging)
+
+    async def _found(self) -> None:
+        """Contracts, homes, wallets and test money."""
         clock = SystemClock()
         self.deployer = self.anvil.accounts[0]
-        options = DeployOptions(epoch_seconds=EPOCH_SECONDS, exit_delay=60)
-        self.deployment: Deployment = await deploy(self.anvil.rpc_url, self.deployer, clock, options)
+        self.deployment: Deployment = await deploy(self.anvil.rpc_url, self.deployer, clock, self.options.deploy)
         self.deployment.save(self.home / "deployment.json")
-        names = [f"provider-{i + 1}" for i in range(self.options.providers)]
-        ports = [free_port() for _ in names]
-        self.wallets = [self._make_home(name) for name in names]
+        self.wallets = [self._make_home(f"provider-{i + 1}") for i in range(self.options.providers)]
+        self.validator_wallets = [self._make_home(f"validator-{i + 1}") for i in range(self.options.validators)]
         self.client_wallet = self._make_home("gateway")
-        accounts = [wallet.address for wallet in (*self.wallets, self.client_wallet)]
+        accounts = [w.address for w in (*self.wallets, *self.validator_wallets, self.client_wallet)]
         await fund(self.anvil.rpc_url, self.deployment, self.deployer, clock, accounts, Wei(FUNDS), COIN)
-        for index, (name, port) in enumerate(zip(names, ports, strict=True)):
-            listen = {"listen_host": "127.0.0.1", "listen_port": port}
+
+    def _node(self, name: str, role: str) -> NodeProcess:
+        """A node that is stopped when the cluster is left; the last one made is stopped first."""
+        cheat = self.options.adversaries.get(name)
+        node = NodeProcess(
+            name,
+            self.home / name,
+            [role, "run"],
+            self.env,
+            ("devnet.adversaries", cheat) if cheat else (self.options.module,),
+            VALIDATOR_NICENESS if role == "validator" else 0,
+        )
+        self._stack.push_async_callback(node.stop)
+        return node
+
+    async def _start_providers(self) -> None:
+        for index in range(self.options.providers):
+            name = f"provider-{index + 1}"
+            listen = {"listen_host": "127.0.0.1", "listen_port": free_port()}
             self._configure(name, transport=listen, provider=self._sold(index))
-            node = NodeProcess(name, self.home / name, ["provider", "run"], self.env, self.options.module)
+            node = self._node(name, "provider")
             self.providers.append(node)
-            self._stack.push_async_callback(node.stop)
             node.start()
         await asyncio.gather(*(node.wait_ready() for node in self.providers))
-        await self._start_gateway()
+
+    async def _start_validators(self) -> None:
+        """One after the other: each imports its libraries on cores that serve by now."""
+        for node in self.validators:
+            self._configure(
+                node.name,
+                transport={"bootstrap": self._peers(), "listen_host": "127.0.0.1", "listen_port": free_port()},
+                validator={
+                    "model_dirs": [str(self.options.model_dir)],
+                    "stake": str(VALIDATOR_STAKE // WEI_PER_TALLY),
+                    "poll": "1s",
+                    "threads": 1,
+                    **self.options.validator_config,
+                },
+            )
+            node.start()
+            await node.wait_ready()
+
+    async def _stop_judging(self) -> None:
+        """End the starting of validators, if it is still under way; the nodes themselves are stopped on their own."""
+        assert self._judging is not None
+        self._judging.cancel()
+        await asyncio.gather(self._judging, return_exceptions=True)
+
+    def _peers(self) -> list[str]:
+        return [str(node.ready["addresses"][0]) for node in self.providers]
 
     async def _start_gateway(self) -> None:
         self.gateway = await self.start_client("gateway")
 
     async def start_client(self, name: str) -> NodeProcess:
         """A gateway whose home and wallet exist. Raises: ProcessFailed."""
-        peers = [str(node.ready["addresses"][0]) for node in self.providers]
         client = {"gateway_port": self.options.gateway_port, "deposit": "5", **self.options.client_config}
-        self._configure(name, transport={"bootstrap": peers}, client=client)
-        gateway = NodeProcess(name, self.home / name, ["gateway", "run"], self.env, self.options.module)
-        self._stack.push_async_callback(gateway.stop)
+        self._configure(name, transport={"bootstrap": self._peers()}, client=client)
+        gateway = self._node(name, "gateway")
         gateway.start()
         await gateway.wait_ready()
         return gateway

@@ -31,12 +31,16 @@ class ProcessFailed(TallyError):
     """A node did not start or ended by itself; carries the end of its log."""
 
 
-def die_with(parent: int) -> Callable[[], None]:
-    """A preexec function: the child gets SIGTERM when the thread that starts it ends, however that ends."""
+def die_with(parent: int, niceness: int = 0) -> Callable[[], None]:
+    """A preexec function: the child gets SIGTERM when the thread that starts it ends, however that ends.
+
+    `niceness`: added to the parent's, so that what can wait leaves the processor to what cannot.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
 
     def prepare() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        os.nice(niceness)
         if os.getppid() != parent:  # it died between fork and prctl
             os._exit(1)
 
@@ -54,16 +58,24 @@ def free_port() -> int:
 class NodeProcess:
     """`tally ...` as a child, with its own data directory. `ready`: what it wrote into its ready file.
 
-    `module`: what is run instead of `node` by tests whose node has a flaw.
+    `program`: what is run instead of `node` where a node has a flaw on purpose: a module, and words it takes before
+    the node's own. `niceness`: as in `die_with`.
     """
 
     def __init__(
-        self, name: str, home: Path, arguments: Sequence[str], env: Mapping[str, str], module: str = "node"
+        self,
+        name: str,
+        home: Path,
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        program: Sequence[str] = ("node",),
+        niceness: int = 0,
     ) -> None:
         self.name = name
         self.home = home
         self._arguments = list(arguments)
-        self._module = module
+        self._program = list(program)
+        self._niceness = niceness
         self._env = dict(env)
         self._process: subprocess.Popen[bytes] | None = None
         self.ready: dict[str, Any] = {}
@@ -90,7 +102,7 @@ class NodeProcess:
         """Start it, or start it again. `extra_env`: for this run only."""
         ready_file = self.home / "ready.json"
         ready_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", self._module, "--home", str(self.home), *self._arguments]
+        command = [sys.executable, "-m", *self._program, "--home", str(self.home), *self._arguments]
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, "--ready-file", str(ready_file)],
@@ -98,7 +110,7 @@ class NodeProcess:
                 stdout=subprocess.DEVNULL,  # what it prints for a person holds its API key
                 stderr=log,
                 env={**os.environ, **self._env, **extra_env},
-                preexec_fn=die_with(os.getpid()) if sys.platform == "linux" else None,
+                preexec_fn=die_with(os.getpid(), self._niceness) if sys.platform == "linux" else None,
                 start_new_session=True,  # a Ctrl-C on the terminal is for the supervisor, which stops us in order
             )
 
