@@ -543,6 +543,16 @@ class ProviderRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class StakeRecord:
+    """What a wallet has staked, in wei. `unbonding`: leaves from `release_at` (Unix seconds) on; it can be slashed
+    until then."""
+
+    active: Wei
+    unbonding: Wei
+    release_at: int
+
+
+@dataclass(frozen=True, slots=True)
 class TariffRecord:
     """What the Registry's log says of a tariff hash. Unix seconds."""
 
@@ -698,6 +708,22 @@ class Chain(Protocol):
 
     async def register_provider(self, node_secret: bytes, stake: Wei) -> None:
         """Register the node key and bring the stake up to `stake`. Idempotent."""
+        ...
+
+    async def stake_of(self, wallet: Address) -> StakeRecord:
+        """At the newest block."""
+        ...
+
+    async def key_holder(self, node_key: Address) -> Address | None:
+        """The wallet that a node key signs for, or signed for before it was retired."""
+        ...
+
+    async def request_unbond(self, amount: Wei) -> Mined:
+        """Begin to take stake back; it stays slashable for the unbonding delay."""
+        ...
+
+    async def withdraw_stake(self) -> Mined:
+        """Take unbonded stake back. Raises: ChainError while it is still bonded."""
         ...
 
     async def log_tariff(self, tariff: Tariff, signature: bytes) -> Mined: ...

@@ -28,6 +28,7 @@ from node.ports import (
     ReservationRecord,
     Settled,
     SlotHandler,
+    StakeRecord,
     TariffRecord,
 )
 from protocol.eip712 import Domain
@@ -168,6 +169,12 @@ class Web3Chain:
     async def provider(self, wallet: Address) -> ProviderRecord | None:
         return await self._parts.reader.provider(wallet)
 
+    async def stake_of(self, wallet: Address) -> StakeRecord:
+        return await self._parts.reader.stake_of(wallet)
+
+    async def key_holder(self, node_key: Address) -> Address | None:
+        return await self._parts.reader.key_holder(node_key)
+
     async def tariff(self, tariff_hash: Digest) -> TariffRecord | None:
         return await self._parts.reader.tariff(tariff_hash)
 
@@ -254,6 +261,12 @@ class Web3Chain:
                 await self._allow(self._deployment.registry, missing)
                 data = parts.contracts.encode(registry, "stake", missing)
                 await self._do("stake", self._deployment.registry, data)
+
+    async def request_unbond(self, amount: Wei) -> Mined:
+        return await self._on_registry("requestUnbond", amount)
+
+    async def withdraw_stake(self) -> Mined:
+        return await self._on_registry("withdraw")
 
     async def log_tariff(self, tariff: Tariff, signature: bytes) -> Mined:
         data = self._parts.contracts.log_tariff(tariff, signature)
@@ -367,6 +380,12 @@ class Web3Chain:
         contracts = self._parts.contracts
         data = contracts.encode(contracts.escrow, function, key.provider, key.client)
         return await self._do(function, self._deployment.escrow, data)
+
+    async def _on_registry(self, function: str, *arguments: object) -> Mined:
+        contracts = self._parts.contracts
+        return await self._do(
+            function, self._deployment.registry, contracts.encode(contracts.registry, function, *arguments)
+        )
 
     async def _on_reservations(self, function: str, *arguments: object) -> Mined:
         contracts = self._parts.contracts

@@ -12,7 +12,7 @@ from incentives.ledger import ChannelKey, SlotSeen
 from node.chain.contracts import Contracts, checksum
 from node.chain.rpc import Rpc, RpcRefused
 from node.chain.transactions import Receipt, counts, find_receipt
-from node.ports import CapacityTerms, ChainHead, ProviderRecord, ReservationRecord, TariffRecord
+from node.ports import CapacityTerms, ChainHead, ProviderRecord, ReservationRecord, StakeRecord, TariffRecord
 from protocol.units import ZERO_ADDRESS, Address, Digest, Wei
 
 _LOG_BLOCKS: Final = 5_000
@@ -132,6 +132,18 @@ class Reader:
             return None
         active, _, _ = await self._call(registry.stakeOf(checksum(wallet)), block)
         return ProviderRecord(wallet, node_key, Wei(active))
+
+    async def stake_of(self, wallet: Address) -> StakeRecord:
+        """In the newest block."""
+        call = self._contracts.registry.functions.stakeOf(checksum(wallet))
+        active, unbonding, release_at = await self._call(call, "latest")
+        return StakeRecord(Wei(active), Wei(unbonding), int(release_at))
+
+    async def key_holder(self, node_key: Address) -> Address | None:
+        """Whose key it is or was at the confirmed block; None for an unknown one."""
+        block = (await self.confirmed()).number
+        wallet, _, _ = await self._call(self._contracts.registry.functions.walletOf(checksum(node_key)), block)
+        return None if _address(wallet) == ZERO_ADDRESS else _address(wallet)
 
     async def tariff(self, tariff_hash: Digest) -> TariffRecord | None:
         block = (await self.confirmed()).number

@@ -83,7 +83,12 @@ class MemoryLab:
 
     def __init__(self) -> None:
         o = LAB_OPTIONS
-        self.world = MemoryLedgerChain(epoch_seconds=o.epoch_seconds, exit_delay=o.exit_delay, min_stake=o.min_stake)
+        self.world = MemoryLedgerChain(
+            epoch_seconds=o.epoch_seconds,
+            exit_delay=o.exit_delay,
+            min_stake=o.min_stake,
+            unbond_delay=o.unbond_delay,
+        )
         self._accounts = 0
 
     @property

@@ -22,6 +22,7 @@ from node.ports import (
     ReservationRecord,
     Settled,
     SlotHandler,
+    StakeRecord,
     TariffRecord,
 )
 from protocol.eip712 import Domain
@@ -99,6 +100,14 @@ class MemoryChain:
         node_key = state.node_keys.get(wallet)
         return None if node_key is None else ProviderRecord(wallet, node_key, Wei(state.stakes.get(wallet, 0)))
 
+    async def stake_of(self, wallet: Address) -> StakeRecord:
+        state = self._latest().state
+        unbonding, release_at = state.unbonding.get(wallet, (0, 0))
+        return StakeRecord(Wei(state.stakes.get(wallet, 0)), Wei(unbonding), release_at)
+
+    async def key_holder(self, node_key: Address) -> Address | None:
+        return self._confirmed().state.wallets.get(node_key)
+
     async def tariff(self, tariff_hash: Digest) -> TariffRecord | None:
         return self._confirmed().state.tariffs.get(tariff_hash)
 
@@ -158,6 +167,14 @@ class MemoryChain:
         if missing > 0:
             self._need_tally("stake", missing)
             await self._send("stake", lambda s: contracts.stake(s, sender, missing, self.world.min_stake))
+
+    async def request_unbond(self, amount: Wei) -> Mined:
+        sender, least, delay = self._signer("unbonding").address, self.world.min_stake, self.world.unbond_delay
+        return await self._send("requestUnbond", lambda s: contracts.request_unbond(s, sender, amount, least, delay))
+
+    async def withdraw_stake(self) -> Mined:
+        sender = self._signer("a withdrawal").address
+        return await self._send("withdraw", lambda s: contracts.withdraw(s, sender))
 
     async def log_tariff(self, tariff: Tariff, signature: bytes) -> Mined:
         self._signer("logging a tariff")

@@ -6,7 +6,7 @@ Each function stands for one Solidity function of contracts/src and raises Contr
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from incentives.ledger import ChannelKey
 from node.chain.errors import ContractReverted
@@ -53,6 +53,8 @@ class State:
     node_keys: dict[Address, Address] = field(default_factory=dict)
     wallets: dict[Address, Address] = field(default_factory=dict)
     stakes: dict[Address, int] = field(default_factory=dict)
+    unbonding: dict[Address, tuple[int, int]] = field(default_factory=dict)  # wei, Unix second from which it leaves
+    court: dict[Any, Any] = field(default_factory=dict)  # the Court's storage, see memory_court.py
     tariffs: dict[Digest, TariffRecord] = field(default_factory=dict)
     sequences: dict[tuple[Address, Digest], int] = field(default_factory=dict)
     capacities: dict[tuple[Address, Digest], CapacityTerms] = field(default_factory=dict)
@@ -209,6 +211,43 @@ def stake(state: State, sender: Address, amount: int, minimum: int) -> None:
         raise ContractReverted("stake", "TransferFromFailed")
     state.tally[sender] -= amount
     state.stakes[sender] = active
+
+
+def request_unbond(state: State, sender: Address, amount: int, minimum: int, delay: int) -> None:
+    """Registry.requestUnbond."""
+    if amount == 0:
+        raise ContractReverted("requestUnbond", "ZeroAmount")
+    before = state.stakes.get(sender, 0)
+    if amount > before:
+        raise ContractReverted("requestUnbond", "InsufficientStake", {"amount": amount, "active": before})
+    active = before - amount
+    if active and active < minimum:
+        raise ContractReverted("requestUnbond", "StakeBelowMinimum", {"active": active, "minimum": minimum})
+    state.stakes[sender] = active
+    state.unbonding[sender] = (state.unbonding.get(sender, (0, 0))[0] + amount, state.timestamp + delay)
+
+
+def withdraw(state: State, sender: Address) -> None:
+    """Registry.withdraw."""
+    amount, release_at = state.unbonding.get(sender, (0, 0))
+    if amount == 0:
+        raise ContractReverted("withdraw", "NothingUnbonding", {"wallet": sender})
+    if state.timestamp < release_at:
+        arguments: dict[str, object] = {"releaseAt": release_at, "nowSeconds": state.timestamp}
+        raise ContractReverted("withdraw", "StillBonded", arguments)
+    del state.unbonding[sender]
+    state.tally[sender] = state.tally.get(sender, 0) + amount
+
+
+def slash(state: State, wallet: Address, amount: int) -> int:
+    """Registry.slash without its bounty and burn: what was taken, active stake first."""
+    active = min(amount, state.stakes.get(wallet, 0))
+    waiting, release_at = state.unbonding.get(wallet, (0, 0))
+    unbonding = min(amount - active, waiting)
+    state.stakes[wallet] = state.stakes.get(wallet, 0) - active
+    if unbonding:
+        state.unbonding[wallet] = (waiting - unbonding, release_at)
+    return active + unbonding
 
 
 def log_tariff(state: State, domain: Domain, tariff: Tariff, signature: bytes, epoch_seconds: int) -> None:

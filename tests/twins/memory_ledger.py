@@ -66,10 +66,12 @@ class MemoryLedgerChain:
         epoch_seconds: int = 60,
         exit_delay: int = 3600,
         min_stake: int = 0,
+        unbond_delay: int = 1_200,
         timestamp: int = 1_800_000_000,
     ) -> None:
         self.domain = domain or Domain(31337, Address(b"\x0e" * 20))
-        self.epoch_seconds, self.exit_delay, self.min_stake = epoch_seconds, exit_delay, min_stake
+        self.epoch_seconds, self.exit_delay = epoch_seconds, exit_delay
+        self.min_stake, self.unbond_delay = min_stake, unbond_delay
         self.automine = True
         self.pool: dict[Digest, Transaction] = {}
         self._down = False

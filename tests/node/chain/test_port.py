@@ -236,6 +236,31 @@ async def test_a_provider_registers_once_rotates_its_key_and_raises_its_stake(la
         await other.register_provider(first.secret, stake)
 
 
+async def test_stake_leaves_after_the_unbonding_delay_and_no_sooner(lab: ChainLab) -> None:
+    wallet = await lab.account()
+    node, keys = await lab.node(wallet), [session(1), session(2)]
+    await node.register_provider(keys[0].secret, Wei(300 * WEI_PER_TALLY))
+    await node.register_provider(keys[1].secret, Wei(300 * WEI_PER_TALLY))
+    assert [await node.key_holder(key.address) for key in keys] == [wallet.address] * 2, "a retired key is still its own"
+    assert await node.key_holder(session(3).address) is None
+    before = await node.token_balance(wallet.address)
+    for amount, name in ((0, "ZeroAmount"), (301, "InsufficientStake"), (250, "StakeBelowMinimum")):
+        with pytest.raises(ContractReverted) as refused:
+            await node.request_unbond(Wei(amount * WEI_PER_TALLY))
+        assert refused.value.name == name
+    await node.request_unbond(Wei(200 * WEI_PER_TALLY))
+    stake = await node.stake_of(wallet.address)
+    assert (stake.active, stake.unbonding) == (100 * WEI_PER_TALLY, 200 * WEI_PER_TALLY)
+    assert stake.release_at == (await node.head()).timestamp + LAB_OPTIONS.unbond_delay
+    with pytest.raises(ContractReverted, match="StillBonded"):
+        await node.withdraw_stake()
+    await lab.advance(LAB_OPTIONS.unbond_delay)
+    await node.withdraw_stake()
+    assert await node.token_balance(wallet.address) == before + 200 * WEI_PER_TALLY
+    with pytest.raises(ContractReverted, match="NothingUnbonding"):
+        await node.withdraw_stake()
+
+
 async def test_a_tariff_is_in_the_log_a_full_epoch_ahead_or_not_at_all(lab: ChainLab) -> None:
     wallet, key = await lab.account(), session(11)
     node = await lab.node(wallet)
