@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
+from incentives.committee import CaseState as CaseState
 from incentives.ledger import ChannelKey, CommitmentMade, Record, Role, SlotSeen, VerdictMade
 from protocol.eip712 import Domain
 from protocol.errors import TallyError
@@ -794,21 +795,6 @@ class Chain(Protocol):
 
 
 # ------------------------------------------------------------------------------------------------------------- court
-
-
-class CaseState(IntEnum):
-    """Where a case stands (contracts/src/ICourt.sol). NONE: nothing was drawn for that commitment yet.
-
-    SUBMIT: members commit to verdicts. REVEAL: they open them. ANSWER: found guilty, the accused may answer or appeal.
-    CLOSED: `outcome` stands and is carried out. UNDECIDED: no round reached a quorum; nobody is punished.
-    """
-
-    NONE = 0
-    SUBMIT = 1
-    REVEAL = 2
-    ANSWER = 3
-    CLOSED = 4
-    UNDECIDED = 5
 
 
 @dataclass(frozen=True, slots=True)
