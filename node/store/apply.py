@@ -12,14 +12,17 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from sqlalchemy import bindparam, func, insert, select, update
-from sqlalchemy.engine import Connection, Row
-from sqlalchemy.sql import Executable
+from sqlalchemy.engine import Connection
 
 from incentives.ledger import (
     AckReceived,
     AckSigned,
+    CommitmentMade,
+    ContentShredded,
     JobClosed,
     JobOpened,
+    OutputKept,
+    PromptKept,
     ReceiptIssued,
     ReceiptVouched,
     Record,
@@ -28,10 +31,11 @@ from incentives.ledger import (
     SettlementMined,
     SettlementSent,
     SlotSeen,
+    VerdictMade,
     VoucherReceived,
 )
-from node.ports import StoreError
-from node.store import documents, tables
+from node.store import documents, keeping, tables
+from node.store.rows import Found, name, one, refused
 from protocol.messages import ReceiptAck, Voucher, WorkReceipt
 from protocol.units import MAX_AMOUNT
 
@@ -123,33 +127,17 @@ _ADD_SETTLEMENT: Final = insert(_settlement)
 _ADD_ITEM: Final = insert(_item)
 _ADD_VALUE: Final = insert(_value)
 
-Found = Row[Any]
-
-
-def _one(connection: Connection, statement: Executable, **values: Any) -> Found | None:
-    return connection.execute(statement, values).one_or_none()
-
-
-def _refused(what: str, why: str) -> StoreError:
-    """A record that contradicts the journal. The text says that nothing of the call was kept."""
-    return StoreError(f"the journal refuses {what}: {why}. Nothing of this call was kept; do not sign or act on it")
-
-
-def _name(role: Role, job_id: bytes, step: int | None = None) -> str:
-    at = "" if step is None else f" step {step}"
-    return f"{role.value} job 0x{job_id.hex()[:16]}{at}"
-
 
 def _find_job(connection: Connection, what: str, role: Role, job_id: bytes) -> Found:
-    job = _one(connection, _FIND_JOB, role=role.value, job_id=job_id)
+    job = one(connection, _FIND_JOB, role=role.value, job_id=job_id)
     if job is None:
-        raise _refused(f"{what} of {_name(role, job_id)}", "no JobOpened was written for it")
+        raise refused(f"{what} of {name(role, job_id)}", "no JobOpened was written for it")
     return job
 
 
 def _channel_id(connection: Connection, role: Role, provider: bytes, client: bytes) -> int:
     """The channel's row, made if there is none yet."""
-    found = _one(connection, _FIND_CHANNEL, role=role.value, provider=provider, client=client)
+    found = one(connection, _FIND_CHANNEL, role=role.value, provider=provider, client=client)
     if found is not None:
         return int(found.id)
     row = {
@@ -175,10 +163,10 @@ def _job_opened(connection: Connection, record: JobOpened) -> None:
         "model": record.model,
         "options": record.options,
     }
-    known = _one(connection, _FIND_JOB, role=record.role.value, job_id=record.job_id)
+    known = one(connection, _FIND_JOB, role=record.role.value, job_id=record.job_id)
     if known is not None:
         if any(getattr(known, name) != value for name, value in facts.items()):
-            raise _refused(f"JobOpened of {_name(record.role, record.job_id)}", "it was opened with other documents")
+            raise refused(f"JobOpened of {name(record.role, record.job_id)}", "it was opened with other documents")
         return
     channel = _channel_id(connection, record.role, record.request.provider, record.request.client)
     derived = {"acked_step": None, "steps": 0, "owed": 0, "vouched": 0, "closed": None, "closed_owed": None}
@@ -187,11 +175,11 @@ def _job_opened(connection: Connection, record: JobOpened) -> None:
 
 
 def _job_closed(connection: Connection, record: JobClosed) -> None:
-    what = f"JobClosed of {_name(record.role, record.job_id)}"
+    what = f"JobClosed of {name(record.role, record.job_id)}"
     job = _find_job(connection, "JobClosed", record.role, record.job_id)
     if job.closed is not None:
         if (job.closed, job.closed_owed, job.detail) != (int(record.reason), record.owed, record.detail):
-            raise _refused(what, f"it is closed already, with reason {job.closed} and {job.closed_owed} wei")
+            raise refused(what, f"it is closed already, with reason {job.closed} and {job.closed_owed} wei")
         return
     if record.owed != job.owed:
         # A caller cancelled while its voucher was being synced closes with the figure before it; the receipts count.
@@ -207,11 +195,11 @@ def _insert_receipt(
     connection: Connection, job: Found, digest: bytes, receipt: WorkReceipt, signature: bytes, token_ids: bytes
 ) -> int:
     """Keep a receipt of an open job. Raises: StoreError when it is of another channel or the job is closed."""
-    what = f"a receipt of {_name(Role(job.role), receipt.job_id, receipt.step)}"
+    what = f"a receipt of {name(Role(job.role), receipt.job_id, receipt.step)}"
     if (receipt.provider, receipt.client) != (job.provider, job.client):
-        raise _refused(what, "its provider or client is not the job's")
+        raise refused(what, "its provider or client is not the job's")
     if job.closed is not None:
-        raise _refused(what, "the job is closed")
+        raise refused(what, "the job is closed")
     row = {
         "job": job.id,
         "step": receipt.step,
@@ -231,12 +219,12 @@ def _acknowledge(connection: Connection, job: Found, step: int, total: int, vouc
     The total may fall (a final receipt with a refund). Raises: StoreError when `step` lies behind the last.
     """
     if job.acked_step is not None and step < job.acked_step:
-        raise _refused(
-            f"an acknowledgement of {_name(Role(job.role), job.job_id, step)}", f"step {job.acked_step} has one already"
+        raise refused(
+            f"an acknowledgement of {name(Role(job.role), job.job_id, step)}", f"step {job.acked_step} has one already"
         )
     owed = job.channel_owed + total - job.owed
     if owed > MAX_AMOUNT:
-        raise _refused(f"a receipt of {_name(Role(job.role), job.job_id, step)}", f"the channel would owe {owed} wei")
+        raise refused(f"a receipt of {name(Role(job.role), job.job_id, step)}", f"the channel would owe {owed} wei")
     after = -1 if job.acked_step is None else job.acked_step
     new = connection.execute(_COUNT_STEPS, {"job": job.id, "after": after, "until": step}).scalar_one()
     values = {"key": job.id, "acked_step": step, "steps": job.steps + new, "owed": total, "vouched": vouched}
@@ -248,7 +236,7 @@ def _acknowledge(connection: Connection, job: Found, step: int, total: int, vouc
 def _insert_voucher(connection: Connection, job: Found, receipt: int, voucher: Voucher, signature: bytes) -> None:
     """Keep a voucher, and raise what the channel has vouched when it is the highest."""
     if voucher.provider != job.provider:
-        raise _refused(f"a voucher of {_name(Role(job.role), job.job_id)}", "it pays somebody else than the channel")
+        raise refused(f"a voucher of {name(Role(job.role), job.job_id)}", "it pays somebody else than the channel")
     row = {"receipt": receipt, "cumulative": voucher.cumulative, "signature": signature}
     connection.execute(_ADD_VOUCHER, row)
     if voucher.cumulative > job.channel_vouched:
@@ -259,65 +247,65 @@ def _insert_voucher(connection: Connection, job: Found, receipt: int, voucher: V
 def _receipt_issued(connection: Connection, record: ReceiptIssued) -> None:
     receipt = record.receipt
     job = _find_job(connection, "ReceiptIssued", Role.PROVIDER, receipt.job_id)
-    known = _one(connection, _FIND_STEP, job=job.id, step=receipt.step)
+    known = one(connection, _FIND_STEP, job=job.id, step=receipt.step)
     if known is None:
         _insert_receipt(connection, job, record.digest, receipt, b"", b"")
     elif (known.digest, known.receipt) != (record.digest, documents.encode(receipt)):
-        raise _refused(
-            f"ReceiptIssued of {_name(Role.PROVIDER, receipt.job_id, receipt.step)}",
+        raise refused(
+            f"ReceiptIssued of {name(Role.PROVIDER, receipt.job_id, receipt.step)}",
             "another receipt was issued under this step; signing both would be equivocation",
         )
 
 
 def _receipt_vouched(connection: Connection, record: ReceiptVouched) -> None:
     receipt, voucher = record.receipt, record.voucher
-    what = f"ReceiptVouched of {_name(Role.CLIENT, receipt.job_id, receipt.step)}"
+    what = f"ReceiptVouched of {name(Role.CLIENT, receipt.job_id, receipt.step)}"
     job = _find_job(connection, "ReceiptVouched", Role.CLIENT, receipt.job_id)
     tokens = documents.pack_tokens(record.token_ids)
-    known = _one(connection, _FIND_STEP, job=job.id, step=receipt.step)
+    known = one(connection, _FIND_STEP, job=job.id, step=receipt.step)
     if known is not None:
         kept = (known.digest, known.receipt, known.signature, known.token_ids, known.cumulative)
         new = (record.digest, documents.encode(receipt), record.receipt_signature, tokens, voucher.cumulative)
         if kept != new or voucher.provider != job.provider:
-            raise _refused(what, "another receipt or voucher was written under this step")
+            raise refused(what, "another receipt or voucher was written under this step")
         return
     if voucher.cumulative < job.channel_vouched:
-        raise _refused(what, f"its {voucher.cumulative} wei are below the {job.channel_vouched} wei vouched before")
+        raise refused(what, f"its {voucher.cumulative} wei are below the {job.channel_vouched} wei vouched before")
     receipt_id = _insert_receipt(connection, job, record.digest, receipt, record.receipt_signature, tokens)
     _insert_voucher(connection, job, receipt_id, voucher, b"")
     _acknowledge(connection, job, receipt.step, receipt.total, voucher.cumulative)
 
 
 def _voucher_received(connection: Connection, record: VoucherReceived) -> None:
-    what = f"VoucherReceived for {_name(Role.PROVIDER, record.job_id, record.step)}"
+    what = f"VoucherReceived for {name(Role.PROVIDER, record.job_id, record.step)}"
     job = _find_job(connection, "VoucherReceived", Role.PROVIDER, record.job_id)
     if record.client != job.client:
-        raise _refused(what, "it is from another client than the job's")
-    receipt = _one(connection, _FIND_STEP, job=job.id, step=record.step)
+        raise refused(what, "it is from another client than the job's")
+    receipt = one(connection, _FIND_STEP, job=job.id, step=record.step)
     if receipt is None:
-        raise _refused(what, "no receipt was issued under this step")
+        raise refused(what, "no receipt was issued under this step")
     if receipt.cumulative is not None:
         kept = (receipt.cumulative, receipt.voucher_signature, job.provider)
         if kept != (record.voucher.cumulative, record.signature, record.voucher.provider):
-            raise _refused(what, "another voucher was received for this step")
+            raise refused(what, "another voucher was received for this step")
         return
     # Vouchers of one job arrive in order; those of two jobs of one channel come on two streams and may overtake
     # each other, so a lower one is still an acknowledgement, while the channel keeps the highest.
     if record.voucher.cumulative < job.vouched:
-        raise _refused(what, f"its {record.voucher.cumulative} wei are below the {job.vouched} wei this job had before")
+        raise refused(what, f"its {record.voucher.cumulative} wei are below the {job.vouched} wei this job had before")
     _insert_voucher(connection, job, receipt.id, record.voucher, record.signature)
     _acknowledge(connection, job, record.step, receipt.total, record.voucher.cumulative)
 
 
 def _acked(connection: Connection, role: Role, job_id: bytes, ack: ReceiptAck, signature: bytes) -> None:
-    what = f"the acknowledgement of {_name(role, job_id)}"
+    what = f"the acknowledgement of {name(role, job_id)}"
     job = _find_job(connection, "an acknowledgement", role, job_id)
-    receipt = _one(connection, _FIND_DIGEST, job=job.id, digest=ack.receipt)
+    receipt = one(connection, _FIND_DIGEST, job=job.id, digest=ack.receipt)
     if receipt is None:
-        raise _refused(what, f"no receipt with digest 0x{ack.receipt.hex()} was written for this job")
+        raise refused(what, f"no receipt with digest 0x{ack.receipt.hex()} was written for this job")
     if receipt.ack_signature is not None:
         if receipt.ack_signature != signature:
-            raise _refused(what, "it was acknowledged with another signature")
+            raise refused(what, "it was acknowledged with another signature")
         return
     connection.execute(_ADD_ACK, {"receipt": receipt.id, "signature": signature})
     _acknowledge(connection, job, receipt.step, receipt.total, job.vouched)
@@ -344,18 +332,18 @@ def _slot_seen(connection: Connection, record: SlotSeen) -> None:
         "block": record.block,
     }
     key = {"provider": record.key.provider, "client": record.key.client}
-    if _one(connection, _FIND_SLOT, **key) is None:
+    if one(connection, _FIND_SLOT, **key) is None:
         connection.execute(_ADD_SLOT, {**key, **seen})
     else:
         connection.execute(_SET_SLOT, {"key_provider": key["provider"], "key_client": key["client"], **seen})
 
 
 def _settlement_sent(connection: Connection, record: SettlementSent) -> None:
-    known = _one(connection, _FIND_SETTLEMENT, digest=record.transaction)
+    known = one(connection, _FIND_SETTLEMENT, digest=record.transaction)
     if known is not None:
         items = connection.execute(_FIND_ITEMS, {"settlement": known.id}).all()
         if known.provider != record.provider or tuple((i.client, i.cumulative) for i in items) != record.vouchers:
-            raise _refused(f"SettlementSent 0x{record.transaction.hex()}", "it was written with other vouchers")
+            raise refused(f"SettlementSent 0x{record.transaction.hex()}", "it was written with other vouchers")
         if known.state == "dropped":  # the same signed transaction goes out again
             connection.execute(_STATE_SETTLEMENT, {"key": known.id, "state": "sent", "reason": ""})
         return
@@ -371,9 +359,9 @@ def _settlement_sent(connection: Connection, record: SettlementSent) -> None:
 
 
 def _find_settlement(connection: Connection, what: str, transaction: bytes) -> Found:
-    known = _one(connection, _FIND_SETTLEMENT, digest=transaction)
+    known = one(connection, _FIND_SETTLEMENT, digest=transaction)
     if known is None:
-        raise _refused(f"{what} 0x{transaction.hex()}", "no SettlementSent was written for this transaction")
+        raise refused(f"{what} 0x{transaction.hex()}", "no SettlementSent was written for this transaction")
     return known
 
 
@@ -411,6 +399,11 @@ _APPLY: Final[dict[type, Callable[[Connection, Any], None]]] = {
     SettlementSent: _settlement_sent,
     SettlementMined: _settlement_mined,
     SettlementDropped: _settlement_dropped,
+    PromptKept: keeping.prompt_kept,
+    OutputKept: keeping.output_kept,
+    ContentShredded: keeping.content_shredded,
+    CommitmentMade: keeping.commitment_made,
+    VerdictMade: keeping.verdict_made,
 }
 
 

@@ -127,8 +127,8 @@ def connect(path: Path, *, writer: bool) -> sqlite3.Connection:
         "checkpoint_fullfsync = ON",
         f"wal_autocheckpoint = {CHECKPOINT_PAGES}",
     ]
-    if not writer:
-        pragmas.append("query_only = ON")
+    # What is deleted is overwritten with zeros in the file: a shredded job's key must not lie in a free page.
+    pragmas.append("secure_delete = ON" if writer else "query_only = ON")
     try:
         for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")

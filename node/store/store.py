@@ -14,12 +14,21 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import StaticPool
 
-from incentives.ledger import ChannelKey, Record, Role
-from node.ports import ChannelAccount, JobRow, ReceiptRow, SettlementRow, StoreError
-from node.store import apply, audit, files, migrate, read
+from incentives.ledger import ChannelKey, ContentShredded, Record, Role
+from node.ports import (
+    ChannelAccount,
+    CommitmentRow,
+    JobRow,
+    Kept,
+    ReceiptRow,
+    SettlementRow,
+    StoreError,
+    VerdictRow,
+)
+from node.store import apply, audit, files, keeping, migrate, read
 from node.store.errors import store_errors
 from node.store.writer import Call, Writer
-from protocol.units import JobId
+from protocol.units import Digest, JobId
 
 T = TypeVar("T")
 
@@ -152,7 +161,8 @@ class SqlStore:
             for record in records:
                 apply.apply(connection, record)
 
-        await self._submit(Call(run, tuple(type(record) for record in records)))
+        kinds = tuple(type(record) for record in records)
+        await self._submit(Call(run, kinds, shreds=ContentShredded in kinds))
 
     async def put_value(self, key: str, value: bytes) -> None:
         """Keep a setting; durable on return. Raises: StoreError."""
@@ -197,6 +207,28 @@ class SqlStore:
     async def settlements(self, *, state: str | None = None, limit: int = 1000) -> list[SettlementRow]:
         """Newest first."""
         return await self._read(lambda connection: read.settlements(connection, state, limit))
+
+    async def kept(self, role: Role, job_id: JobId) -> Kept | None:
+        """A job's kept content; None when it was never kept or its key is destroyed. Raises: StoreError."""
+        return await self._read(lambda connection: keeping.kept(connection, role, job_id))
+
+    async def kept_before(self, role: Role, opened_before_ms: int, limit: int = 1000) -> list[JobId]:
+        """Jobs opened earlier than that whose content is still kept, oldest first."""
+        return await self._read(lambda connection: keeping.kept_before(connection, role, opened_before_ms, limit))
+
+    async def commitment(self, key: Digest) -> CommitmentRow | None:
+        return await self._read(lambda connection: keeping.commitment(connection, key))
+
+    async def commitments(self, limit: int = 1000) -> list[CommitmentRow]:
+        """Newest first."""
+        return await self._read(lambda connection: keeping.commitments(connection, limit))
+
+    async def verdict(self, case_id: Digest, round_: int) -> VerdictRow | None:
+        return await self._read(lambda connection: keeping.verdict(connection, case_id, round_))
+
+    async def verdicts(self, limit: int = 1000) -> list[VerdictRow]:
+        """Newest first."""
+        return await self._read(lambda connection: keeping.verdicts(connection, limit))
 
     async def get_value(self, key: str) -> bytes | None:
         return await self._read(lambda connection: read.value(connection, key))

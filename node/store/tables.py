@@ -197,6 +197,57 @@ class SettlementItem(Base, table=True):
     block: int
 
 
+class ContentKey(Base, table=True):
+    """The key that a job's kept content is sealed under; without it the content is gone. `opened_at_ms`: the job's."""
+
+    __tablename__ = "content_key"
+    __table_args__ = (Index("content_key_opened", "opened_at_ms"),)
+
+    job: int = Field(sa_column=Column(Integer, ForeignKey("job.id"), primary_key=True, autoincrement=False))
+    opened_at_ms: int
+    key: bytes
+
+
+class Content(Base, table=True):
+    """Sealed content of a job: its prompt at step 0, and under each receipt what that receipt is over."""
+
+    __tablename__ = "content"
+
+    job: int = Field(sa_column=Column(Integer, ForeignKey("job.id"), primary_key=True, autoincrement=False))
+    step: int = Field(primary_key=True)
+    sealed: bytes
+
+
+class CommitmentMadeRow(Base, table=True):
+    """A commitment of this provider, written before it was signed."""
+
+    __tablename__ = "commitment_made"
+    __table_args__ = (UniqueConstraint("key", name="commitment_made_key"),)
+
+    id: int = Field(primary_key=True)
+    key: bytes
+    commitment: bytes
+    entries: bytes
+    secret: bytes
+    decoy: bytes
+    made_at_ms: int
+
+
+class VerdictMadeRow(Base, table=True):
+    """A verdict of this validator, written before its digest was submitted."""
+
+    __tablename__ = "verdict_made"
+    __table_args__ = (UniqueConstraint("case_id", "round", name="verdict_made_key"),)
+
+    id: int = Field(primary_key=True)
+    case_id: bytes
+    round: int
+    verdict: bytes
+    digest: bytes
+    findings: str
+    made_at_ms: int
+
+
 class Value(Base, table=True):
     """A small durable setting."""
 

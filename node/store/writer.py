@@ -30,10 +30,14 @@ sync; there are never that many unless more than 256 streams pay at once."""
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One `write`: what to run in the transaction, the kinds of its records (for crash points), and who waits."""
+    """One `write`: what to run in the transaction, the kinds of its records (for crash points), and who waits.
+
+    `shreds`: it destroys a key, which must then leave the log as well.
+    """
 
     run: Callable[[Connection], None]
     kinds: tuple[type, ...]
+    shreds: bool = False
     done: Future[None] = field(default_factory=Future)
 
 
@@ -134,6 +138,8 @@ class Writer:
         for kind in kinds:
             crash_point(STORE_AFTER[kind])
         crash_point(STORE_WRITE_AFTER)
+        if any(call.shreds for call in group):
+            _empty_log(connection)
         return outcomes
 
     def _explained(self, error: BaseException) -> Exception:
@@ -148,3 +154,13 @@ class Writer:
         self._failed = explained if isinstance(explained, StoreError) else StoreError(str(explained))
         for call in group:
             call.done.set_exception(self._failed)
+
+
+def _empty_log(connection: Connection) -> None:
+    """Copy the WAL into the database and cut it to nothing: its old frames hold the pages as they were before.
+
+    A reader that is at work keeps it from happening; the next shredding, or the close, does it then.
+    """
+    raw = connection.connection.dbapi_connection
+    assert raw is not None
+    raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()

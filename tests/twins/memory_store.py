@@ -7,6 +7,7 @@ crash is a new node on the same MemoryStore. `fail_with` makes writes fail as a 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +16,12 @@ from incentives.ledger import (
     AckReceived,
     AckSigned,
     ChannelKey,
+    CommitmentMade,
+    ContentShredded,
     JobClosed,
     JobOpened,
+    OutputKept,
+    PromptKept,
     ReceiptIssued,
     ReceiptVouched,
     Record,
@@ -25,11 +30,21 @@ from incentives.ledger import (
     SettlementMined,
     SettlementSent,
     SlotSeen,
+    VerdictMade,
     VoucherReceived,
 )
-from node.ports import ChannelAccount, JobRow, ReceiptRow, SettlementRow, StoreError
+from node.ports import (
+    ChannelAccount,
+    CommitmentRow,
+    JobRow,
+    Kept,
+    ReceiptRow,
+    SettlementRow,
+    StoreError,
+    VerdictRow,
+)
 from protocol.messages import ReceiptAck, WorkReceipt
-from protocol.units import MAX_AMOUNT, ZERO_ADDRESS, Address, JobId, Wei
+from protocol.units import MAX_AMOUNT, ZERO_ADDRESS, Address, Digest, JobId, Wei
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +88,10 @@ class MemoryStore:
         self._acks: dict[tuple[Role, bytes], bytes] = {}
         self._settlements: dict[bytes, tuple[SettlementSent, SettlementRow]] = {}
         self._values: dict[str, bytes] = {}
+        self._prompts: dict[tuple[Role, bytes], PromptKept] = {}
+        self._outputs: dict[tuple[Role, bytes, int], OutputKept] = {}
+        self._commitments: dict[bytes, CommitmentRow] = {}
+        self._verdicts: dict[tuple[bytes, int], VerdictRow] = {}
 
     async def open(self) -> None:
         _need(not self._open, "it is open already")
@@ -92,7 +111,7 @@ class MemoryStore:
         except StoreError:
             for table, key, old in reversed(self._undo):
                 if old is None:
-                    del table[key]
+                    table.pop(key, None)
                 else:
                     table[key] = old
             raise
@@ -135,6 +154,19 @@ class MemoryStore:
                 self._settlement_sent(record)
             case SettlementMined() | SettlementDropped():
                 self._settlement_ended(record)
+            case PromptKept() | OutputKept():
+                self._kept(record)
+            case ContentShredded():
+                self._shredded(record)
+            case CommitmentMade():
+                made = self._commitments.get(record.key)
+                _need(made is None or made.record == record, "another commitment under this key")
+                self._put(self._commitments, record.key, made or CommitmentRow(record, time.time_ns() // 1_000_000))
+            case VerdictMade():
+                key = (record.verdict.case_id, record.verdict.round)
+                judged = self._verdicts.get(key)
+                _need(judged is None or judged.record == record, "another verdict in this round")
+                self._put(self._verdicts, key, judged or VerdictRow(record, time.time_ns() // 1_000_000))
 
     def _job(self, role: Role, job_id: bytes) -> _Job:
         job = self._jobs.get((role, job_id))
@@ -262,6 +294,28 @@ class MemoryStore:
             )
         self._put(self._settlements, record.transaction, (sent, row))
 
+    def _kept(self, record: PromptKept | OutputKept) -> None:
+        self._job(record.role, record.job_id)
+        key = (record.role, record.job_id)
+        if isinstance(record, PromptKept):
+            _need(self._prompts.get(key) in (None, record), "another prompt")
+            self._put(self._prompts, key, record)
+        else:
+            _need(key in self._prompts and record.step > 0, "no prompt is kept, or no step")
+            _need(self._outputs.get((*key, record.step)) in (None, record), "other content under this step")
+            self._put(self._outputs, (*key, record.step), record)
+
+    def _shredded(self, record: ContentShredded) -> None:
+        _need(self._job(record.role, record.job_id).closed is not None, "the job is still running")
+        key = (record.role, record.job_id)
+        self._drop(self._prompts, key)
+        for at in [at for at in self._outputs if at[:2] == key]:
+            self._drop(self._outputs, at)
+
+    def _drop(self, table: dict[Any, Any], key: Hashable) -> None:
+        if key in table:
+            self._undo.append((table, key, table.pop(key)))
+
     # ------------------------------------------------------------------------------------------------------- reading
 
     def _account(self, pair: tuple[bytes, bytes], channel: _Channel) -> ChannelAccount:
@@ -350,3 +404,30 @@ class MemoryStore:
 
     async def get_value(self, key: str) -> bytes | None:
         return self._values.get(key)
+
+    async def kept(self, role: Role, job_id: JobId) -> Kept | None:
+        prompt = self._prompts.get((role, job_id))
+        if prompt is None:
+            return None
+        outputs = sorted(
+            (output for output in self._outputs.values() if (output.role, output.job_id) == (role, job_id)),
+            key=lambda output: output.step,
+        )
+        return Kept(prompt.salt, prompt.prompt, tuple(item for output in outputs for item in output.content))
+
+    async def kept_before(self, role: Role, opened_before_ms: int, limit: int = 1000) -> list[JobId]:
+        jobs = [self._jobs[key].opened for key in self._jobs if key in self._prompts and key[0] is role]
+        early = [opened for opened in jobs if opened.accept.accepted_at < opened_before_ms]
+        return [opened.job_id for opened in sorted(early, key=lambda opened: opened.accept.accepted_at)][:limit]
+
+    async def commitment(self, key: Digest) -> CommitmentRow | None:
+        return self._commitments.get(key)
+
+    async def commitments(self, limit: int = 1000) -> list[CommitmentRow]:
+        return list(reversed(self._commitments.values()))[:limit]
+
+    async def verdict(self, case_id: Digest, round_: int) -> VerdictRow | None:
+        return self._verdicts.get((case_id, round_))
+
+    async def verdicts(self, limit: int = 1000) -> list[VerdictRow]:
+        return list(reversed(self._verdicts.values()))[:limit]

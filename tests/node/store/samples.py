@@ -9,8 +9,12 @@ from incentives.ledger import (
     AckReceived,
     AckSigned,
     ChannelKey,
+    CommitmentMade,
+    ContentShredded,
     JobClosed,
     JobOpened,
+    OutputKept,
+    PromptKept,
     ReceiptIssued,
     ReceiptVouched,
     Record,
@@ -19,10 +23,11 @@ from incentives.ledger import (
     SettlementMined,
     SettlementSent,
     SlotSeen,
+    VerdictMade,
     VoucherReceived,
 )
 from protocol.eip712 import fields_of, type_hash
-from protocol.messages import Accept, JobRequest, ReceiptAck, Voucher, WorkReceipt
+from protocol.messages import Accept, Commitment, JobRequest, ReceiptAck, Verdict, Voucher, WorkReceipt
 from protocol.units import Address, Digest, FinishReason, JobId, Wei
 
 PROVIDER = Address(b"\xaa" * 20)
@@ -145,6 +150,30 @@ def dropped(number: int) -> SettlementDropped:
     return SettlementDropped(transaction(number), "replaced")
 
 
+def prompt_kept(job: int, role: Role = Role.PROVIDER) -> PromptKept:
+    return PromptKept(role, job_id(job), bytes([job]) * 32, (job, 70_000, 2**32 - 1))
+
+
+def output_kept(job: int, step: int, role: Role = Role.PROVIDER) -> OutputKept:
+    return OutputKept(role, job_id(job), step, (b"leaf %d" % step, b""))
+
+
+def shredded(job: int, role: Role = Role.PROVIDER) -> ContentShredded:
+    return ContentShredded(role, job_id(job))
+
+
+def commitment(number: int, **fields: Any) -> CommitmentMade:
+    """The commitment of epoch `number`."""
+    made = document(Commitment, provider=PROVIDER, epoch=number, **fields)
+    return CommitmentMade(transaction(number), made, b"\x01" * 76, b"\x02" * 32, job_id(5))
+
+
+def verdict(case: int, round_: int = 0, **fields: Any) -> VerdictMade:
+    """A verdict in case `case`."""
+    made = document(Verdict, case_id=transaction(case), round=round_, **fields)
+    return VerdictMade(made, transaction(1000 + case), '{"jobs": []}')
+
+
 def one_of_each() -> list[list[Record]]:
     """Calls that together write every kind of record, each valid after those before it."""
     last = issued(1, 2, 120, is_final=True, finish_reason=1)
@@ -164,4 +193,9 @@ def one_of_each() -> list[list[Record]]:
         [mined(1)],
         [sent(2, 120)],
         [dropped(2)],
+        [opened(3), prompt_kept(3)],
+        [issued(3, 1, 50), output_kept(3, 1)],
+        [opened(4), prompt_kept(4), closed(4, 0), shredded(4)],
+        [commitment(1)],
+        [verdict(1), verdict(1, 1)],
     ]

@@ -135,6 +135,23 @@ def _contradictions() -> list[Any]:
         ("other vouchers in one settlement", [s.sent(1, 50)], s.sent(1, 60)),
         ("the end of an unknown settlement", [], s.mined(1)),
         ("the loss of an unknown settlement", [], s.dropped(1)),
+        ("a prompt of a job never opened", [], s.prompt_kept(1)),
+        (
+            "another prompt of one job",
+            [s.opened(1), s.prompt_kept(1)],
+            replace(s.prompt_kept(1), prompt=(1, 2)),
+        ),
+        ("output of a job whose prompt is not kept", [s.opened(1)], s.output_kept(1, 1)),
+        ("output under no receipt", [s.opened(1), s.prompt_kept(1)], s.output_kept(1, 0)),
+        (
+            "other output under one step",
+            [s.opened(1), s.prompt_kept(1), s.output_kept(1, 1)],
+            replace(s.output_kept(1, 1), content=(b"other",)),
+        ),
+        ("shredding a running job", [s.opened(1), s.prompt_kept(1)], s.shredded(1)),
+        ("another commitment under one key", [s.commitment(1)], replace(s.commitment(1), secret=b"\x03" * 32)),
+        ("other entries under one key", [s.commitment(1)], replace(s.commitment(1), entries=b"")),
+        ("another verdict in one round", [s.verdict(1)], s.verdict(1, flags=99)),
     ]
 
 
@@ -275,6 +292,55 @@ async def test_values_are_kept_and_replaced(store: Store) -> None:
     assert await store.get_value("cursor") == b""
 
 
+async def test_kept_content_comes_back_in_order_and_is_gone_once_shredded(store: Store) -> None:
+    await store.write(s.opened(1), s.prompt_kept(1), s.opened(1, Role.CLIENT))
+    await store.write(s.issued(1, 1, 5), s.output_kept(1, 1))
+    await store.write(s.issued(1, 2, 9), s.output_kept(1, 2))
+    kept = await store.kept(Role.PROVIDER, job_id(1))
+    assert kept is not None
+    assert (kept.salt, kept.prompt) == (s.prompt_kept(1).salt, s.prompt_kept(1).prompt)
+    assert kept.content == (b"leaf 1", b"", b"leaf 2", b"")
+    assert await store.kept(Role.CLIENT, job_id(1)) is None, "the other half keeps its own"
+    assert await store.kept(Role.PROVIDER, job_id(2)) is None
+    bills = (await store.receipts(), await store.account(key()))
+    await store.write(s.closed(1, 0), s.shredded(1))
+    assert await store.kept(Role.PROVIDER, job_id(1)) is None
+    assert (await store.receipts(), await store.account(key())) == bills
+    await store.write(s.shredded(1))
+
+
+async def test_a_refused_shredding_leaves_the_content(store: Store) -> None:
+    await store.write(s.opened(1), s.prompt_kept(1), s.closed(1, 0))
+    with pytest.raises(StoreError):
+        await store.write(s.shredded(1), s.mined(77))
+    assert await store.kept(Role.PROVIDER, job_id(1)) is not None
+
+
+async def test_jobs_with_kept_content_are_found_oldest_first(store: Store) -> None:
+    for number in (3, 1, 2):
+        await store.write(s.opened(number), s.prompt_kept(number), s.closed(number, 0))
+    await store.write(s.opened(0), s.opened(0, Role.CLIENT), s.prompt_kept(0, Role.CLIENT))
+    before = s.opened(3).accept.accepted_at
+    assert await store.kept_before(Role.PROVIDER, before) == [job_id(1), job_id(2)]
+    assert await store.kept_before(Role.PROVIDER, before + 1, limit=1) == [job_id(1)]
+    await store.write(s.shredded(1))
+    assert await store.kept_before(Role.PROVIDER, before + 1) == [job_id(2), job_id(3)]
+    assert await store.kept_before(Role.CLIENT, before) == [job_id(0)]
+
+
+async def test_commitments_and_verdicts_are_kept_for_ever(store: Store) -> None:
+    await store.write(s.commitment(1), s.commitment(2), s.verdict(1), s.verdict(1, 1), s.verdict(2))
+    row = await store.commitment(s.transaction(1))
+    assert row is not None and row.record == s.commitment(1) and row.made_at_ms > 0
+    assert [row.record for row in await store.commitments()] == [s.commitment(2), s.commitment(1)]
+    assert len(await store.commitments(limit=1)) == 1
+    assert await store.commitment(s.transaction(9)) is None
+    judged = await store.verdict(s.transaction(1), 1)
+    assert judged is not None and judged.record == s.verdict(1, 1)
+    assert await store.verdict(s.transaction(2), 1) is None
+    assert [row.record for row in await store.verdicts()] == [s.verdict(2), s.verdict(1, 1), s.verdict(1)]
+
+
 async def test_a_closed_store_refuses_to_write(store: Store) -> None:
     await store.close()
     with pytest.raises(StoreError):
@@ -302,4 +368,7 @@ async def _everything(store: Store) -> list[Any]:
         [await store.jobs(role) for role in Role],
         await store.receipts(),
         await store.settlements(),
+        [await store.kept(role, job_id(number)) for role in Role for number in (1, 3, 4)],
+        await store.commitments(),
+        await store.verdicts(),
     ]
