@@ -1,9 +1,9 @@
 """Fairness of a provider from its signed documents: charges, completeness against settlement, sales below cost.
 
 `charge_faults` finds every charge that a published tariff does not give, with the documents that prove it;
-`channel_books` compares receipts with vouchers and with what the chain paid; `commitment_gap` compares receipts with
-the Merkle-sum root of an epoch; `below_cost` compares revenue with a declared cost. Differences in service between
-payers are in alike.py. README.md of this folder has the equations.
+`channel_books` compares receipts with vouchers and with what the chain paid; `commitment_gap` compares jobs with the
+Merkle-sum root of an epoch and profile; `below_cost` compares revenue with a declared cost. Differences in service
+between payers are in alike.py. README.md of this folder has the equations.
 """
 
 from __future__ import annotations
@@ -217,19 +217,38 @@ def _books(key: ChannelKey, jobs: Mapping[JobId, Sequence[Notch]], claimed: Wei 
     return ChannelBooks(key, len(jobs), Wei(receipted), Wei(peak), Wei(unacknowledged), Wei(vouched), claimed)
 
 
-def epoch_leaves(
-    finals: Iterable[tuple[Digest, WorkReceipt]], provider: Address, epoch: int, epoch_s: int
-) -> list[merkle.SumNode]:
-    """Leaves of a provider's epoch: its final receipts that ended in it, by end and then by job id, each once.
+def epoch_of(receipt: WorkReceipt, epoch_s: int) -> int:
+    """The epoch that a job belongs to: when its provider received it, whenever it ended."""
+    return receipt.received_at // 1000 // epoch_s
 
-    `finals`: (digest, receipt). Raises: FieldOutOfRange.
+
+def entry_of(receipts: Iterable[tuple[Digest, WorkReceipt, bool]]) -> merkle.Entry | None:
+    """What a job is committed as: its last acknowledged receipt, else the last issued one; None without any.
+
+    `receipts`: (digest, receipt, whether it was acknowledged by a voucher) of one job, in any order.
     """
-    inside = {
-        (receipt.finished_at, bytes(receipt.job_id), bytes(found)): receipt.total
-        for found, receipt in finals
-        if receipt.is_final and receipt.provider == provider and receipt.finished_at // 1000 // epoch_s == epoch
-    }
-    return [merkle.leaf(Digest(key[2]), Wei(inside[key])) for key in sorted(inside)]
+    last = max(receipts, key=lambda item: (item[2], item[1].step), default=None)
+    return None if last is None else merkle.Entry(JobId(last[1].job_id), last[0], Wei(last[1].total))
+
+
+def epoch_leaves(
+    bundles: Iterable[Bundle], provider: Address, profile_id: Digest, epoch: int, epoch_s: int
+) -> list[merkle.Entry]:
+    """Entries of a provider's tree for one epoch and profile, in order; each job once, however many bundles have it.
+
+    The same tree as the Court's commitment when the bundles are all there are. Raises: FieldOutOfRange.
+    """
+    jobs: dict[JobId, dict[Digest, tuple[WorkReceipt, bool]]] = {}
+    for bundle in bundles:
+        if bundle.request.provider != provider or bundle.request.profile_id != profile_id:
+            continue
+        for notch in bundle.notches:
+            if epoch_of(notch.receipt, epoch_s) == epoch:
+                held = jobs.setdefault(bundle.job_id, {})
+                known = held.get(notch.digest, (notch.receipt, False))[1]
+                held[notch.digest] = (notch.receipt, known or notch.voucher is not None)
+    found = (entry_of((key, *item) for key, item in receipts.items()) for receipts in jobs.values())
+    return merkle.ordered(entry for entry in found if entry is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,15 +265,17 @@ class CommitmentGap:
         return self.same_root and self.count == 0 and self.total == 0
 
 
-def commitment_gap(commitment: Commitment, finals: Iterable[tuple[Digest, WorkReceipt]], epoch_s: int) -> CommitmentGap:
-    """How receipts differ from what their provider committed to for an epoch.
+def commitment_gap(commitment: Commitment, bundles: Iterable[Bundle], epoch_s: int) -> CommitmentGap:
+    """How the jobs at hand differ from what their provider committed to for an epoch and profile.
 
-    More receipts than were committed: some were left out of the root, and each is signed evidence of it. Fewer: the
+    More jobs than were committed: some were left out of the root, and each is signed evidence of it. Fewer: the
     audited set is incomplete. As many and as much, but another root: one was exchanged. Raises: FieldOutOfRange.
     """
-    leaves = epoch_leaves(finals, Address(commitment.provider), commitment.epoch, epoch_s)
-    root = merkle.root(leaves)
-    return CommitmentGap(len(leaves) - commitment.count, root.total - commitment.total, root.hash == commitment.root)
+    entries = epoch_leaves(
+        bundles, Address(commitment.provider), Digest(commitment.profile_id), commitment.epoch, epoch_s
+    )
+    root = merkle.root(entries)
+    return CommitmentGap(len(entries) - commitment.count, root.total - commitment.total, root.hash == commitment.root)
 
 
 # ----------------------------------------------------------------------------------------------------------- predation

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from node.cli.fairness_audit import Audit
     from node.config import NodeConfig
     from protocol.bundle import Bundle
+    from protocol.units import Digest
 
 T = TypeVar("T")
 
@@ -153,13 +154,15 @@ def verify(ctx: click.Context, proof: Path, as_json: bool) -> None:
 @click.argument("epoch", type=click.IntRange(0, (1 << 63) - 1))
 @click.option("--epoch-seconds", type=click.IntRange(1, (1 << 32) - 1), default=3_600, show_default=True,
               help="Length of an epoch; EPOCH is the Unix time divided by it.")  # fmt: skip
+@click.option("--profile", metavar="ID", help="First digits of the profile's id, where several were served.")
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File; standard output if none.")
 @pass_session
-def commit(session: Session, epoch: int, epoch_seconds: int, output: Path | None) -> None:
-    """Sign the Merkle-sum root over the receipts this provider finished in EPOCH, for others to audit against.
+def commit(session: Session, epoch: int, epoch_seconds: int, profile: str | None, output: Path | None) -> None:
+    """Sign the Merkle-sum root over the jobs this provider received in EPOCH, for others to audit against.
 
-    Leaves are the final receipts that ended in the epoch, by end and then by job id. An epoch that is not over is
-    refused: what ended in it later would be missing under this provider's own signature.
+    Leaves are the jobs of one profile received in the epoch, in order of their id, each with its last acknowledged
+    receipt: the tree that a provider commits to at the Court, without a lot. An epoch that is not over is refused: what
+    came in later would be missing under this provider's own signature.
     """
     from incentives.fairness import epoch_leaves
     from incentives.fault_json import SignedCommitment, encode_commitment
@@ -168,6 +171,7 @@ def commit(session: Session, epoch: int, epoch_seconds: int, output: Path | None
     from node.keys import addresses, load
     from protocol import merkle
     from protocol.messages import Commitment
+    from protocol.units import ZERO_DIGEST
 
     _over(epoch, epoch_seconds)
     config = session.load()
@@ -175,18 +179,33 @@ def commit(session: Session, epoch: int, epoch_seconds: int, output: Path | None
     wallet = addresses(config.keys_dir).get("wallet")
     if wallet is None:
         raise CommandFailed(f"there is no wallet in {config.home}", kept="nothing was signed", do="`tally init`")
-    finals = [(n.digest, n.receipt) for bundle in own for n in bundle.notches if n.receipt.is_final]
-    leaves = epoch_leaves(finals, wallet, epoch, epoch_seconds)
-    root = merkle.root(leaves)
+    served = sorted({bytes(bundle.request.profile_id) for bundle in own if bundle.request.provider == wallet})
+    profile_id = _profile(served, profile)
+    entries = epoch_leaves(own, wallet, profile_id, epoch, epoch_seconds)
+    root = merkle.root(entries)
     node_key = load(config.keys_dir, "node", password_of(config))
-    commitment, domain = Commitment(wallet, epoch, root.hash, len(leaves), root.total), domain_of(config)
+    commitment = Commitment(wallet, profile_id, epoch, root.hash, len(entries), root.total, ZERO_DIGEST)
+    domain = domain_of(config)
     signature = node_key.sign(domain, commitment)
     text = encode_commitment(SignedCommitment(domain, node_key.address, epoch_seconds, commitment, signature))
     if output is None:
         click.echo(text, nl=False)
     else:
         write_private(output, text)
-        click.echo(f"wrote {output}: {len(leaves)} receipts, {root.total} wei", err=True)
+        click.echo(f"wrote {output}: {len(entries)} jobs, {root.total} wei", err=True)
+
+
+def _profile(served: Sequence[bytes], named: str | None) -> Digest:
+    """The one profile of `served` whose id begins with `named`. Raises: CommandFailed."""
+    from protocol.units import Digest
+
+    digits = (named or "").lower().removeprefix("0x")
+    fits = [profile_id for profile_id in served if profile_id.hex().startswith(digits)]
+    if len(fits) == 1:
+        return Digest(fits[0])
+    shown = ", ".join("0x" + profile_id.hex()[:12] for profile_id in fits or served) or "none"
+    problem = f"{len(fits)} profiles that this home served fit" if named else f"this home served {len(served)} profiles"
+    raise CommandFailed(f"{problem}: {shown}", kept="nothing was signed", do="name one with --profile")
 
 
 def _over(epoch: int, epoch_seconds: int) -> None:

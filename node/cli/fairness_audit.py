@@ -94,7 +94,6 @@ def _signed(bundle: Bundle, notch: Notch) -> bool:
 def audit(bundles: Sequence[Bundle], dropped: int, question: Question) -> Audit:
     """Everything that the bundles show. Raises: FieldOutOfRange for documents that cannot be hashed."""
     lasts = _lasts(bundles)
-    finals = [(notch.digest, notch.receipt) for bundle in bundles for notch in bundle.notches if notch.receipt.is_final]
     return Audit(
         jobs=len(lasts),
         receipts=len({notch.digest for bundle in bundles for notch in bundle.notches}),
@@ -104,7 +103,7 @@ def audit(bundles: Sequence[Bundle], dropped: int, question: Question) -> Audit:
         unjudged=unjudged(bundles),
         faults=tuple(charge_faults(bundles)),
         channels=tuple(channel_books(bundles, question.claimed)),
-        gaps=tuple((root, commitment_gap(root.commitment, finals, root.epoch_s)) for root in question.roots),
+        gaps=tuple((root, commitment_gap(root.commitment, bundles, root.epoch_s)) for root in question.roots),
         differences=tuple(_differences([(found, receipt) for found, _, receipt in lasts], question)),
         sold=tuple(_sold([(tariff, receipt) for _, tariff, receipt in lasts if tariff], question.cost_per_ste)),
         permutations=question.permutations,

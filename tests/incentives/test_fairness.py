@@ -8,14 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from incentives.fairness import below_cost, channel_books, charge_faults, commitment_gap, epoch_leaves, unjudged
+from incentives.fairness import (
+    below_cost,
+    channel_books,
+    charge_faults,
+    commitment_gap,
+    entry_of,
+    epoch_leaves,
+    epoch_of,
+    unjudged,
+)
 from incentives.faults import Fault, judge
 from incentives.ledger import ChannelKey
 from protocol import merkle
 from protocol.bundle import Bundle, passed, verify
 from protocol.eip712 import digest
 from protocol.messages import Commitment
-from protocol.units import Address, Digest, Wei
+from protocol.units import ZERO_DIGEST, Address, Digest, Wei
 from tests.incentives.trade import (
     DOMAIN,
     NODE,
@@ -25,7 +34,6 @@ from tests.incentives.trade import (
     WALLET,
     altered,
     channel,
-    finals,
     last,
     sell,
 )
@@ -175,30 +183,64 @@ def test_books_do_not_depend_on_order_or_repetition(order: list[int]) -> None:
     assert channel_books([bundles[i] for i in order] + bundles, {}) == channel_books(bundles, {})
 
 
+PROFILE_ID = Digest(TARIFF.profile_id)
+
+
 def committed(bundles: list[Bundle], epoch: int) -> Commitment:
-    leaves = epoch_leaves(finals(bundles), WALLET.address, epoch, EPOCH_S)
-    root = merkle.root(leaves)
-    return Commitment(WALLET.address, epoch, root.hash, len(leaves), root.total)
+    entries = epoch_leaves(bundles, WALLET.address, PROFILE_ID, epoch, EPOCH_S)
+    root = merkle.root(entries)
+    return Commitment(WALLET.address, PROFILE_ID, epoch, root.hash, len(entries), root.total, ZERO_DIGEST)
 
 
-def test_an_epochs_root_closes_on_exactly_its_receipts() -> None:
+def test_an_epochs_root_closes_on_exactly_its_jobs() -> None:
     bundles = channel(5)
-    epoch = last(bundles[1]).finished_at // 1000 // EPOCH_S
+    epoch = epoch_of(last(bundles[1]), EPOCH_S)
     stated = committed(bundles, epoch)
     assert 0 < stated.count < 5
-    assert commitment_gap(stated, finals(bundles) * 2, EPOCH_S).closed
-    inside = [item for item in finals(bundles) if item[1].finished_at // 1000 // EPOCH_S == epoch]
+    assert commitment_gap(stated, bundles * 2, EPOCH_S).closed
+    inside = [bundle for bundle in bundles if epoch_of(last(bundle), EPOCH_S) == epoch]
     short = commitment_gap(stated, inside[1:], EPOCH_S)
-    assert (short.count, short.total) == (-1, -inside[0][1].total) and not short.closed
-    extra = sell(payer=PAYERS[2], nonce=77, at=inside[0][1].received_at)
-    more = commitment_gap(stated, [*finals(bundles), *finals([extra])], EPOCH_S)
+    assert (short.count, short.total) == (-1, -last(inside[0]).total) and not short.closed
+    extra = sell(payer=PAYERS[2], nonce=77, at=last(inside[0]).received_at)
+    more = commitment_gap(stated, [*bundles, extra], EPOCH_S)
     assert (more.count, more.total) == (1, last(extra).total) and not more.closed
+
+
+def test_a_job_belongs_to_the_epoch_it_was_received_in() -> None:
+    late = sell(at=START // 60_000 * 60_000 + 59_999, tokens=70)
+    assert last(late).finished_at // 60_000 > last(late).received_at // 60_000
+    own = epoch_of(last(late), EPOCH_S)
+    assert committed([late], own).count == 1 and committed([late], own + 1).count == 0
+
+
+def test_another_profile_is_another_tree() -> None:
+    (bundle,) = channel(1)
+    epoch = epoch_of(last(bundle), EPOCH_S)
+    other = sell(tariff=replace(TARIFF, profile_id=Digest(b"\7" * 32)), nonce=5)
+    assert epoch_of(last(other), EPOCH_S) == epoch
+    assert committed([bundle, other], epoch) == committed([bundle], epoch)
+
+
+def test_a_job_stands_with_its_last_acknowledged_receipt() -> None:
+    bundle = sell(tokens=70)
+    epoch = epoch_of(last(bundle), EPOCH_S)
+    *paid, final = bundle.notches
+    unpaid = replace(bundle, notches=(*paid, replace(final, voucher=None)))
+    (entry,) = epoch_leaves([unpaid], WALLET.address, PROFILE_ID, epoch, EPOCH_S)
+    assert (entry.job_id, entry.receipt, entry.amount) == (bundle.job_id, paid[-1].digest, paid[-1].receipt.total)
+    bare = replace(bundle, notches=tuple(replace(notch, voucher=None) for notch in bundle.notches))
+    (entry,) = epoch_leaves([bare], WALLET.address, PROFILE_ID, epoch, EPOCH_S)
+    assert entry.receipt == final.digest
+    (entry,) = epoch_leaves([bare, bundle, unpaid], WALLET.address, PROFILE_ID, epoch, EPOCH_S)
+    assert entry.receipt == final.digest
+    assert epoch_leaves([replace(bundle, notches=())], WALLET.address, PROFILE_ID, epoch, EPOCH_S) == []
+    assert entry_of([]) is None
 
 
 def test_an_exchanged_receipt_changes_the_root_alone() -> None:
     bundles = channel(1)
-    epoch = last(bundles[0]).finished_at // 1000 // EPOCH_S
-    gap = commitment_gap(committed(bundles, epoch), finals([altered(bundles[0], waited_ms=1)]), EPOCH_S)
+    epoch = epoch_of(last(bundles[0]), EPOCH_S)
+    gap = commitment_gap(committed(bundles, epoch), [altered(bundles[0], waited_ms=1)], EPOCH_S)
     assert (gap.count, gap.total, gap.closed) == (0, 0, False)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NUMERIC = {"sampling.py", "transcript.py"}
-"""The model's numbers: log-probabilities, noise and projections are floats by nature, and their bits are signed."""
+NUMERIC = {"sampling.py", "transcript.py", "verdicts.py"}
+"""The model's numbers: log-probabilities, noise and projections are floats by nature, and their bits are signed. What a
+verdict is made of is rounded to whole units where it enters (`scaled_up`)."""
 
 OUTSIDE = {"price_sheets.py"}
 """Other platforms' prices are decimal fractions of a dollar. They are read as they are written and computed with as
@@ -31,7 +32,7 @@ def floats(tree: ast.AST, *, exact: bool = False) -> Iterator[ast.AST]:
     for node in ast.walk(tree):
         literal = isinstance(node, ast.Constant) and isinstance(node.value, float | complex)
         divided = not exact and isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Div)
-        named = isinstance(node, ast.Name) and node.id in words
+        named = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in words
         by_name = isinstance(node, ast.Attribute) and node.attr in ("sqrt", "log", "exp", "pow")
         if literal or divided or named or by_name:
             yield node

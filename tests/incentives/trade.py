@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -104,7 +103,3 @@ def channel(count: int, payer: Signer = PAYERS[0], **job: Any) -> list[Bundle]:
         before = out[-1].notches[-1].voucher.cumulative if out and out[-1].notches[-1].voucher else 0
         out.append(sell(payer=payer, before=before, nonce=number, at=START + number * 20_000, **job))
     return out
-
-
-def finals(bundles: Sequence[Bundle]) -> list[tuple[Digest, WorkReceipt]]:
-    return [(notch.digest, notch.receipt) for bundle in bundles for notch in bundle.notches if notch.receipt.is_final]

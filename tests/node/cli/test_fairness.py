@@ -94,9 +94,9 @@ def test_a_job_left_out_is_missed_in_the_books(tally: Tally, tmp_path: Path) -> 
 
 
 def test_a_committed_root_closes_on_the_whole_epoch_only(tally: Tally, tmp_path: Path, sold: list[Bundle]) -> None:
-    epoch, root = last(sold[0]).finished_at // 1000 // HOUR, tmp_path / "root.json"
+    epoch, root = last(sold[0]).received_at // 1000 // HOUR, tmp_path / "root.json"
     made = tally("fairness", "commit", str(epoch), "-o", str(root))
-    assert made.exit_code == 0 and "5 receipts" in made.stderr
+    assert made.exit_code == 0 and "5 jobs" in made.stderr
     assert found(tally("fairness", "audit", "--root", str(root), "--json"))["roots"][0]["closed"] is True
     some = written(tmp_path / "b", sold[:3])
     result = tally("fairness", "audit", "--bundle", str(some), "--root", str(root), "--json")
@@ -110,7 +110,7 @@ def test_a_committed_root_closes_on_the_whole_epoch_only(tally: Tally, tmp_path:
 def test_an_epoch_that_is_not_over_is_not_signed(
     tally: Tally, tmp_path: Path, sold: list[Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end = (last(sold[0]).finished_at // 1000 // HOUR + 1) * HOUR
+    end = (last(sold[0]).received_at // 1000 // HOUR + 1) * HOUR
     epoch, root = str(end // HOUR - 1), tmp_path / "root.json"
     monkeypatch.setattr("node.system.SystemClock.now_ms", lambda _: end * 1000 - 1)
     early = tally("fairness", "commit", epoch, "-o", str(root))
