@@ -803,6 +803,7 @@ class CourtRules:
 
     `commit_window`: from an epoch's end until its commitment is overdue. `submit_window`, `reveal_window`: of each
     round at most. `answer_window`: from a guilty verdict to its execution. `committees`: members per round.
+    `forced_bps`: chance in 10^4 that a commitment obliges the next one to hold an error made on purpose.
     """
 
     epoch_seconds: int
@@ -814,6 +815,7 @@ class CourtRules:
     validator_stake: Wei
     validator_penalty: Wei
     appeal_bond: Wei
+    forced_bps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
