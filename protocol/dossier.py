@@ -19,13 +19,14 @@ from msgspec import Meta, Struct
 
 from protocol.eip712 import Domain, digest, hash_struct
 from protocol.errors import FieldOutOfRange, MalformedFrame, TallyError
-from protocol.frames import CHUNK_BYTES
+from protocol.frames import CHUNK_BYTES, DossierChunk, chunked
 from protocol.merkle import Entry
 from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
 from protocol.metering import Reasoning, opens_reasoning
 from protocol.options import MAX_OPTIONS_BYTES, JobOptions, decode_options, options_hash
 from protocol.packing import pack, unpack
 from protocol.sampling import derive_seed
+from protocol.sealing import BoxKey, Sealed
 from protocol.signing import verify
 from protocol.tariff import basis_of, check_tariff
 from protocol.transcript import (
@@ -228,6 +229,43 @@ def unpack_entries(data: bytes) -> tuple[Entry, ...]:
     )
 
 
+class SealedDossiers:
+    """One side of an audit stream: dossiers in pieces, sealed between a key pair of the stream and the asker's box key.
+
+    Each piece begins with the provider's 32-byte public key, fresh for every stream, so that the asker needs nothing
+    but its own secret. Both sides count pieces over the whole stream: one that is repeated, reordered or altered does
+    not open.
+    """
+
+    def __init__(self, ours: BoxKey, theirs: bytes | None) -> None:
+        """`theirs`: the asker's box key at the provider's side; None at the asker's, which learns the other's.
+
+        Raises: MalformedFrame for a key that keeps no secret.
+        """
+        self._ours = ours
+        self._sealed = None if theirs is None else Sealed(ours, theirs, we_are_client=False)
+        self._theirs = b""
+
+    def seal(self, data: bytes) -> list[DossierChunk]:
+        """A dossier's bytes as frames. Provider's side only."""
+        assert self._sealed is not None
+        pieces = chunked(data)
+        return [
+            DossierChunk(index, len(pieces), self._ours.public + self._sealed.seal(piece))
+            for index, piece in enumerate(pieces)
+        ]
+
+    def unseal(self, chunk: DossierChunk) -> bytes:
+        """One piece. Asker's side only. Raises: MalformedFrame."""
+        public, ciphertext = chunk.sealed[:32], chunk.sealed[32:]
+        if self._sealed is None:
+            self._theirs = public
+            self._sealed = Sealed(self._ours, public, we_are_client=True)
+        if public != self._theirs:
+            raise MalformedFrame("a dossier changed its key on the way")
+        return self._sealed.unseal(ciphertext)
+
+
 def read_leaf(data: bytes, *, routed: bool) -> Leaf:
     """A leaf from its canonical bytes; `routed`: of a mixture of experts. Raises: FieldOutOfRange, MalformedFrame."""
     width = RECORD_BYTES + (ROUTING_BYTES if routed else 0)
@@ -334,16 +372,13 @@ def _check_tariff(dossier: Dossier, domain: Domain, node_key: Address) -> None:
 
 
 def _check_entry(dossier: Dossier, entry: Entry, domain: Domain, node_key: Address) -> None:
-    """The receipt is the one that was committed to. An amount of zero says that nobody vouched for it."""
+    """The receipt is the one that was committed to."""
     receipt, request = dossier.receipt, dossier.request
     found = digest(domain, receipt)
     _need(found == entry.receipt, f"the receipt has digest {_hex(found)}, the entry holds {_hex(entry.receipt)}")
     verify(domain, receipt, dossier.receipt_signature, node_key)
-    # SPEC 8.7: its amount is the receipt's total, or zero for one that nobody vouched for
-    _need(
-        entry.amount in (0, receipt.total),
-        f"the entry holds {entry.amount} wei, the receipt comes to {receipt.total}",
-    )
+    stands = f"the entry holds {entry.amount} wei, the receipt comes to {receipt.total}"
+    _need(entry.amount == receipt.total, stands)
     _need(receipt.total <= request.price_ceiling, "the receipt is above the ceiling the client set")
     _need(basis_of(receipt) == basis_of(request), "the receipt prices another kind, tier or base than the request")
 
