@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from incentives.faults import (
@@ -18,7 +19,9 @@ from incentives.faults import (
     Proof,
     SignedReceipt,
     SignedTariff,
+    broken_chain,
     charge_findings,
+    epoch_of,
     hidden_hit,
     two_receipts,
     two_tariffs,
@@ -67,7 +70,8 @@ def charge_faults(bundles: Sequence[Bundle]) -> list[ChargeFault]:
                 proof = _proof(bundle, finding, (held,), (notch,)) if held else None
                 fault = ChargeFault(Address(notch.receipt.provider), bundle.job_id, notch.digest, finding, proof)
                 out[bundle.job_id, finding.fault] = fault
-    return [*out.values(), *_doubled_tariffs(bundles), *_doubled_receipts(bundles), *_hidden_hits(bundles, tariffs)]
+    pairs = [*_doubled_tariffs(bundles), *_doubled_receipts(bundles), *_broken_chains(bundles)]
+    return [*out.values(), *pairs, *_hidden_hits(bundles, tariffs)]
 
 
 def unjudged(bundles: Sequence[Bundle]) -> int:
@@ -127,6 +131,25 @@ def _doubled_receipts(bundles: Sequence[Bundle]) -> list[ChargeFault]:
                 found = ChargeFault(Address(receipt.provider), bundle.job_id, notch.digest, finding, proof)
                 out.setdefault((Digest(receipt.job_id), receipt.step), found)
     return list(out.values())
+
+
+def _broken_chains(bundles: Sequence[Bundle]) -> list[ChargeFault]:
+    """The first break in each job's receipts, as this bundle and others of the job have them."""
+    jobs: dict[tuple[Address, JobId], dict[Digest, tuple[Bundle, Notch]]] = {}
+    for bundle in bundles:
+        for notch in bundle.notches:
+            held = jobs.setdefault((bundle.node_key, JobId(notch.receipt.job_id)), {})
+            held.setdefault(notch.digest, (bundle, notch))
+    out = []
+    for (_, job_id), found in jobs.items():
+        steps = sorted(found.values(), key=lambda pair: (pair[1].receipt.step, pair[1].digest))
+        for (_, before), (bundle, notch) in pairwise(steps):
+            finding = broken_chain(bundle.domain, before.receipt, notch.receipt)
+            if finding is not None:
+                proof = _proof(bundle, finding, (), (before, notch))
+                out.append(ChargeFault(Address(notch.receipt.provider), job_id, notch.digest, finding, proof))
+                break
+    return out
 
 
 def _hidden_hits(
@@ -215,11 +238,6 @@ def _books(key: ChannelKey, jobs: Mapping[JobId, Sequence[Notch]], claimed: Wei 
         unacknowledged += max(0, ordered[-1].receipt.total - last) if ordered else 0
         vouched = max(vouched, *(notch.voucher.cumulative for notch in acknowledged if notch.voucher), 0)
     return ChannelBooks(key, len(jobs), Wei(receipted), Wei(peak), Wei(unacknowledged), Wei(vouched), claimed)
-
-
-def epoch_of(receipt: WorkReceipt, epoch_s: int) -> int:
-    """The epoch that a job belongs to: when its provider received it, whenever it ended."""
-    return receipt.received_at // 1000 // epoch_s
 
 
 def entry_of(receipts: Iterable[tuple[Digest, WorkReceipt, bool]]) -> merkle.Entry | None:

@@ -6,14 +6,18 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
-from incentives.faults import MOST_BETWEEN, Fault, Proof, SignedReceipt, SignedTariff
-from protocol.bundle_json import MalformedBundle, domain_json, parse, signed_json
+from incentives.faults import MOST_BETWEEN, Fault, Placed, Proof, SignedReceipt, SignedRoot, SignedTariff
+from protocol.bundle_json import MalformedBundle, Node, domain_json, parse, signed_json
 from protocol.eip712 import Domain
+from protocol.merkle import Entry, SumNode
 from protocol.messages import Commitment, Tariff, WorkReceipt
 from protocol.signing import verify
-from protocol.units import Address, Digest
+from protocol.units import Address, Digest, JobId, Wei
 
-FORMAT: Final = "tallystick-fault/1"
+FORMAT: Final = "tallystick-fault/2"
+
+MOST_SIBLINGS: Final = 32
+"""Siblings of one entry's proof. A commitment counts in 32 bits, so no tree is deeper."""
 
 
 def encode(proof: Proof) -> str:
@@ -26,13 +30,17 @@ def encode(proof: Proof) -> str:
         "tariffs": [signed_json(item.tariff, item.signature) for item in proof.tariffs],
         "receipts": [signed_json(item.receipt, item.signature) for item in proof.receipts],
         "between": ["0x" + block.hex() for block in proof.between],
+        "roots": [signed_json(item.commitment, item.signature) for item in proof.roots],
+        "placed": [_placed_json(item) for item in proof.placed],
+        "epoch_seconds": proof.epoch_s,
     }
     return json.dumps(tree, indent=1) + "\n"
 
 
 def decode(text: str) -> Proof:
     """The inverse of `encode`; every field must be there, of its type, and nothing else. Raises: MalformedBundle."""
-    top = parse(text).object("format", "fault", "domain", "node_key", "tariffs", "receipts", "between")
+    names = ("format", "fault", "domain", "node_key", "tariffs", "receipts", "between", "roots", "placed")
+    top = parse(text).object(*names, "epoch_seconds")
     if top["format"].value != FORMAT:
         raise MalformedBundle("format", f"is {top['format'].value!r}, expected {FORMAT!r}")
     kinds = {fault.value: fault for fault in Fault}
@@ -49,12 +57,41 @@ def decode(text: str) -> Proof:
         tuple(SignedTariff(*item.signed(Tariff)) for item in top["tariffs"].items()),
         tuple(SignedReceipt(*item.signed(WorkReceipt)) for item in top["receipts"].items()),
         tuple(Digest(item.hexadecimal(32)) for item in between),
+        tuple(SignedRoot(*item.signed(Commitment)) for item in top["roots"].items()),
+        tuple(_placed(item) for item in top["placed"].items()),
+        top["epoch_seconds"].number(32),
     )
+
+
+def _placed_json(item: Placed) -> dict[str, object]:
+    return {
+        "job_id": "0x" + item.entry.job_id.hex(),
+        "receipt": "0x" + item.entry.receipt.hex(),
+        "amount": str(item.entry.amount),
+        "index": item.index,
+        "siblings": [{"hash": "0x" + node.hash.hex(), "total": str(node.total)} for node in item.siblings],
+    }
+
+
+def _placed(node: Node) -> Placed:
+    """Raises: MalformedBundle."""
+    parts = node.object("job_id", "receipt", "amount", "index", "siblings")
+    siblings = parts["siblings"].items()
+    if len(siblings) > MOST_SIBLINGS:
+        raise parts["siblings"].fail(f"must have at most {MOST_SIBLINGS} nodes")
+    entry = Entry(
+        JobId(parts["job_id"].hexadecimal(32)),
+        Digest(parts["receipt"].hexadecimal(32)),
+        Wei(parts["amount"].decimal(96)),
+    )
+    pairs = [item.object("hash", "total") for item in siblings]
+    nodes = (SumNode(Digest(pair["hash"].hexadecimal(32)), Wei(pair["total"].decimal(96))) for pair in pairs)
+    return Placed(entry, parts["index"].number(32), tuple(nodes))
 
 
 # --------------------------------------------------------------------------------------------------------- commitments
 
-COMMITMENT_FORMAT: Final = "tallystick-commitment/1"
+COMMITMENT_FORMAT: Final = "tallystick-commitment/2"
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,12 @@ def verify(ctx: click.Context, proof: Path, as_json: bool) -> None:
         finding, problem = judge(read), ""
     except ProofFails as exc:
         finding, problem = None, str(exc)
-    accused = read.tariffs[0].tariff.provider if read.tariffs else read.receipts[0].receipt.provider
+    signed = [
+        *(item.tariff.provider for item in read.tariffs),
+        *(item.receipt.provider for item in read.receipts),
+        *(item.commitment.provider for item in read.roots),
+    ]
+    accused = signed[0] if signed else bytes(20)
     if as_json:
         detail = finding.detail if finding else problem
         facts = {"provider": hexed(accused), "node_key": hexed(read.node_key), "chain_id": read.domain.chain_id}

@@ -15,10 +15,9 @@ from incentives.fairness import (
     commitment_gap,
     entry_of,
     epoch_leaves,
-    epoch_of,
     unjudged,
 )
-from incentives.faults import Fault, judge
+from incentives.faults import Fault, epoch_of, judge
 from incentives.ledger import ChannelKey
 from protocol import merkle
 from protocol.bundle import Bundle, passed, verify
@@ -90,12 +89,14 @@ def test_of_one_kind_in_one_job_the_last_is_told() -> None:
                 digest=digest(DOMAIN, wrong), receipt_signature=NODE.sign(DOMAIN, wrong))
         for step, notch in enumerate(bundle.notches, start=1)
     )  # fmt: skip
-    (found,) = charge_faults([replace(bundle, notches=notches)])
+    found, broken = charge_faults([replace(bundle, notches=notches)])
     assert found.finding.excess == len(notches) == 3
+    assert broken.finding.fault is Fault.BROKEN_CHAIN
+    assert broken.proof is not None and judge(broken.proof) == broken.finding
 
 
 def test_without_signatures_a_fault_is_told_and_not_proved() -> None:
-    bundle = altered(sell(), total=1)
+    bundle = altered(sell(tokens=9), total=1)
     bare = replace(bundle, notches=tuple(replace(notch, receipt_signature=b"") for notch in bundle.notches))
     (found,) = charge_faults([bare])
     assert found.finding.fault is Fault.UNDERCHARGE and found.proof is None
@@ -104,7 +105,7 @@ def test_without_signatures_a_fault_is_told_and_not_proved() -> None:
 
 
 def test_the_tariff_is_taken_from_whichever_job_has_it() -> None:
-    first, second = channel(2)
+    first, second = channel(2, tokens=9)
     lacking = replace(altered(second, total=1), tariff=None, tariff_signature=b"")
     assert charge_faults([lacking]) == [] and unjudged([lacking]) == len(lacking.notches)
     (found,) = charge_faults([first, lacking])

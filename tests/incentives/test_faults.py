@@ -235,7 +235,9 @@ def test_only_what_is_charged_above_adds_up() -> None:
     "change",
     [
         ('"overcharge"', '"theft"'),
-        ('"tallystick-fault/1"', '"tallystick-fault/2"'),
+        ('"tallystick-fault/2"', '"tallystick-fault/1"'),
+        ('"placed": []', '"placed": [{}]'),
+        ('"epoch_seconds": 0', '"epoch_seconds": -1'),
         ('"between": []', '"between": ["0x00"]'),
         ('"between": []', '"between": [], "note": ""'),
         ('"node_key": "0x', '"node_key": "'),
