@@ -9,7 +9,7 @@ LLAMA_STAMP := $(VENV)/.llama
 NPM_STAMP := contracts/node_modules/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup prerequisites demo test test-fast check bench bench-engine format clean
+.PHONY: help setup prerequisites demo test test-fast check bench bench-engine audit-bench format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -69,6 +69,9 @@ bench: setup ## ratios against the bare engine, gas, signatures; JSON in bench-r
 
 bench-engine: setup $(LLAMA_STAMP) ## our engine against llama.cpp and transformers over the same weights
 	$(BIN)/python -m devnet.bench.engine
+
+audit-bench: setup ## how soon each cheat is caught, that no honest work is, what auditing costs; JSON in bench-results/
+	$(BIN)/python -m devnet.bench.audit
 
 format: setup ## rewrite in the house style
 	$(BIN)/ruff check --fix .
