@@ -80,6 +80,21 @@ class Adjustment:
         self._penalties[token_id] = -penalty_milli(self._options, self._counts[token_id]) / PENALTY_ONE
 
 
+def adjustment(
+    options: JobOptions,
+    prompt: Sequence[int],
+    stops: frozenset[int],
+    matcher: Matcher | None,
+    vocab: int,
+    device: torch.device,
+) -> Adjustment | None:
+    """What the options of a job with this prompt ask for, None when they move no logit."""
+    if not (options.penalised or options.min_tokens or matcher is not None):
+        return None
+    continued = prompt[len(prompt) - options.continued :]
+    return Adjustment(options, continued, stops, matcher, vocab, device)
+
+
 def bias(adjustments: Sequence[Adjustment], vocab: int, device: torch.device) -> torch.Tensor:
     """[rows, vocab] fp32 to be added to the logits of these streams."""
     rows = torch.zeros(len(adjustments), vocab, device=device)

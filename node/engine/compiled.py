@@ -32,7 +32,7 @@ from node.engine.kernels import (
 from node.engine.sampler import Draw, Sampler
 from node.engine.spec import ModelError, ModelSpec
 from node.engine.weights import Layer, Weights, load_weights
-from protocol.sampling import MICRO
+from protocol.sampling import EDGE_LOGIT, EDGE_MASS, MICRO
 
 COMPILE: Final = ("off", "auto", "on")
 """`off`: plain torch. `auto`: kernels where they can be had, else plain torch, and the log says why. `on`: kernels, or
@@ -178,11 +178,22 @@ class CompiledSampler(Sampler):
         """As the base."""
         if bias is not None:
             logits = logits + bias
+        return self._kernels.choose(logits.contiguous(), self._drawn(draws))
+
+    def look_back(self, logits: torch.Tensor, chosen: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """As the base."""
+        edges = (EDGE_LOGIT, EDGE_MASS)
+        return self._kernels.look_back(logits.contiguous(), chosen.contiguous(), self._drawn(draws), edges)
+
+    def logprobs(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """As the base."""
+        return self._kernels.logprob(logits.contiguous(), chosen.contiguous())
+
+    def _drawn(self, draws: Sequence[Draw]) -> DrawArrays:
         rules = [(draw.temperature_micro, draw.top_p_micro, draw.top_k) for draw in draws]
         if rules != self._rules:  # from step to step the streams are mostly the same
             self._rules, self._cuts = rules, self._arrays(rules)
-        arrays = DrawArrays(array("I", [word for draw in draws for word in draw.keys]), *self._cuts)
-        return self._kernels.choose(logits.contiguous(), arrays)
+        return DrawArrays(array("I", [word for draw in draws for word in draw.keys]), *self._cuts)
 
     def fingerprints(
         self, logits: torch.Tensor, hidden: torch.Tensor, chosen: torch.Tensor, projections: torch.Tensor

@@ -168,7 +168,7 @@ class TorchEngine:
             raise ModelError(f"slots must be at least 1 and max_queue at least 0, got {slots} and {max_queue}")
         self._spec = load_spec(model_dir)
         total = stored_parameters(weight_files(model_dir))
-        self._model_dir, self._device = model_dir, _device(device)
+        self._model_dir, self._device = model_dir, open_device(device)
         self._compile, self._cache_dir = compile_option, cache_dir
         self._dtype = resolve_dtype(dtype, total, self._device.type)
         self._slots, self._max_queue = slots, max_queue
@@ -427,7 +427,7 @@ class TorchEngine:
         return True
 
 
-def _device(name: str) -> torch.device:
+def open_device(name: str) -> torch.device:
     """Raises: ModelError for a device that torch does not know or this machine does not have."""
     try:
         device = torch.device(name)

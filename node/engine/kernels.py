@@ -40,7 +40,7 @@ MAX_HEAD_DIM: Final = 1024
 PANEL: Final = 32
 """Outputs of one panel of a packed matrix, as in kernels.c."""
 
-_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+_P, _I, _L, _F, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_double
 
 
 class KernelsUnavailable(TallyError):
@@ -234,6 +234,8 @@ class Kernels:
         self._silu = _declared(holding.tally_silu, _I, _I, _L, _L, _P, _P)
         self._attend = _declared(free.tally_attend, _P, _L, _P, _P, _P, _P, _P, _P, _P, _P)
         self._choose = _declared(free.tally_choose, _I, _L, _L, _P, _P, _P, _P, _P, _P)
+        self._look_back = _declared(free.tally_look_back, _I, _L, _L, _P, _P, _P, _P, _P, _P, _F, _D, _P)
+        self._logprob = _declared(free.tally_logprob, _I, _L, _L, _P, _P, _P)
         self._fingerprint = _declared(free.tally_fingerprint, _I, _I, _L, _L, _L, _P, _P, _P, _P, _P)
         self._scratch = torch.empty(0)
         self.multiplies = dtype is torch.bfloat16 and bool(free.tally_has_products())
@@ -348,6 +350,29 @@ class Kernels:
         self._choose(
             self._threads, rows, vocab, logits.data_ptr(), *(a.buffer_info()[0] for a in arrays), out.data_ptr()
         )
+        return out
+
+    def look_back(
+        self, logits: torch.Tensor, chosen: torch.Tensor, parameters: DrawArrays, edges: tuple[float, float]
+    ) -> torch.Tensor:
+        """[rows, 2] fp32: margin of the token `chosen`, [rows] int64, and best score minus second best.
+
+        `logits`: [rows, vocab] fp32. `edges`: tolerances of the nucleus, in logits and in mass.
+        """
+        rows, vocab = logits.shape
+        out = torch.empty((rows, 2), dtype=torch.float32)
+        arrays = (parameters.keys, parameters.temperature, parameters.top_k, parameters.top_p)
+        addresses = (array.buffer_info()[0] for array in arrays)
+        self._look_back(
+            self._threads, rows, vocab, logits.data_ptr(), *addresses, chosen.data_ptr(), *edges, out.data_ptr()
+        )
+        return out
+
+    def logprob(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """[rows] fp32: log-probability of `chosen`, [rows] int64, under the softmax of `logits`, [rows, vocab] fp32."""
+        rows, vocab = logits.shape
+        out = torch.empty(rows, dtype=torch.float32)
+        self._logprob(self._threads, rows, vocab, logits.data_ptr(), chosen.data_ptr(), out.data_ptr())
         return out
 
     def fingerprint(

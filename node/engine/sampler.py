@@ -13,10 +13,10 @@ from typing import Final
 
 import torch
 
-from protocol.sampling import MAX_UNIFORM, MICRO, MIX_FIRST, MIX_SECOND, noise_keys
+from protocol.sampling import EDGE_LOGIT, EDGE_MASS, MAX_UNIFORM, MICRO, MIX_FIRST, MIX_SECOND, noise_keys
 from protocol.transcript import PROJECTION_BYTES, PROJECTION_ROWS, projection_keys
 
-_FP16_MAX: Final = 65504.0
+FP16_MAX: Final = 65504.0
 FINGERPRINT_BYTES: Final = 2 + PROJECTION_BYTES
 
 
@@ -97,10 +97,7 @@ class Sampler:
         draws: Sequence[Draw],
     ) -> torch.Tensor:
         """Redraw the rows whose token is outside the nucleus until none is."""
-        limits = [(d.top_k or self._vocab, d.top_p_micro / MICRO) if d.cuts else (self._vocab, 2.0) for d in draws]
-        top_k = torch.tensor([k for k, _ in limits], device=self._device)
-        # top_p 1 is no cut, though the mass above a token may round up to 1
-        top_p = torch.tensor([p if p < 1 else 2.0 for _, p in limits], device=self._device)
+        top_k, top_p = self._limits(draws)
         mass = torch.softmax(logits / temperature.clamp(min=1 / MICRO), -1)
         while True:
             edge = logits.gather(-1, chosen[:, None])
@@ -112,13 +109,66 @@ class Sampler:
             scores = scores.masked_fill(outside[:, None] & ~above, -torch.inf)
             chosen = torch.where(outside, scores.argmax(-1), chosen)
 
+    def _limits(self, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+        """top_k and top_p of each row; the vocabulary and 2 where there is no cut."""
+        limits = [(d.top_k or self._vocab, d.top_p_micro / MICRO) if d.cuts else (self._vocab, 2.0) for d in draws]
+        top_k = torch.tensor([k for k, _ in limits], device=self._device)
+        # top_p 1 is no cut, though the mass above a token may round up to 1
+        return top_k, torch.tensor([p if p < 1 else 2.0 for _, p in limits], device=self._device)
+
+    def look_back(self, logits: torch.Tensor, chosen: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """[rows, 2] fp32: protocol.sampling.margin of `chosen`, [rows] int64, and best score minus second best.
+
+        `logits`: [rows, vocab] fp32, as the rule reads them: adjusted. The second number knows no cut, so it moves
+        as smoothly as the logits do. Rows of which nothing finite is left hold NaN.
+        """
+        temperature = torch.tensor([[draw.temperature_micro / MICRO] for draw in draws], device=self._device)
+        scores = logits
+        if any(draw.temperature_micro for draw in draws):
+            scores = torch.addcmul(logits, self.noise([draw.keys for draw in draws]), temperature)
+        best = scores.topk(2, -1).values
+        margins = best[:, 0] - scores.gather(-1, chosen[:, None])[:, 0]
+        if any(draw.cuts for draw in draws):
+            rows = torch.tensor([i for i, draw in enumerate(draws) if draw.cuts], device=self._device)
+            cut = [draw for draw in draws if draw.cuts]
+            margins[rows] = self._margins_inside(logits[rows], scores[rows], chosen[rows], temperature[rows], cut)
+        return torch.stack((margins, best[:, 0] - best[:, 1]), 1)
+
+    def _margins_inside(
+        self,
+        logits: torch.Tensor,
+        scores: torch.Tensor,
+        chosen: torch.Tensor,
+        temperature: torch.Tensor,
+        draws: Sequence[Draw],
+    ) -> torch.Tensor:
+        """[rows] margins of rows with a cut, as protocol.sampling.margin."""
+        top_k, top_p = self._limits(draws)
+        mass = torch.softmax(logits / temperature, -1)
+
+        def outside(ids: torch.Tensor, lift: float, more: float) -> torch.Tensor:
+            above = (logits > logits.gather(-1, ids[:, None]) + lift).scatter_(-1, ids[:, None], False)
+            count = above.sum(-1)
+            return (count > 0) & ((count >= top_k) | ((mass * above).sum(-1) >= top_p + more))
+
+        ours = scores.gather(-1, chosen[:, None])[:, 0]
+        while True:  # rivals by falling score, until one counts; each that does not takes those below it along
+            rival = scores.argmax(-1)
+            lead = scores.gather(-1, rival[:, None])[:, 0] - ours
+            idle = (lead > 0) & outside(rival, -EDGE_LOGIT, -EDGE_MASS)
+            if not bool(idle.any()):
+                break
+            none = idle[:, None] & (logits <= logits.gather(-1, rival[:, None]))
+            scores = scores.masked_fill(none, -torch.inf)
+        return lead.clamp(min=0).masked_fill(outside(chosen, EDGE_LOGIT, EDGE_MASS), torch.inf)
+
     def alternatives(self, logits: torch.Tensor, count: int) -> list[tuple[tuple[int, bytes], ...]]:
         """The likeliest tokens of each row, likeliest first and lower ids before equal ones.
 
         `logits`: [rows, vocab] fp32, unmodified. A pair is a token id and its log-probability, fp16 big-endian.
         """
         values, ids = logits.topk(min(count, self._vocab), -1)
-        logprobs = (values - logits.logsumexp(-1, keepdim=True)).clamp_(min=-_FP16_MAX)
+        logprobs = (values - logits.logsumexp(-1, keepdim=True)).clamp_(min=-FP16_MAX)
         raw = logprobs.cpu().numpy().astype(">f2")
         rows = []
         for row, row_values, row_ids in zip(raw, values.tolist(), ids.tolist(), strict=True):
@@ -132,6 +182,10 @@ class Sampler:
         x = torch.arange(self._hidden, dtype=torch.int32, device=self._device) ^ _signed(first)
         return (_mix_(_mix_(x).add_(_signed(second))) & 0xFF).to(torch.uint8)
 
+    def logprobs(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """[rows] fp32: log-probability of `chosen`, [rows] int64, under the plain softmax of [rows, vocab] fp32."""
+        return (logits.gather(-1, chosen[:, None]) - logits.logsumexp(-1, keepdim=True))[:, 0]
+
     def fingerprints(
         self, logits: torch.Tensor, hidden: torch.Tensor, chosen: torch.Tensor, projections: torch.Tensor
     ) -> bytes:
@@ -142,6 +196,6 @@ class Sampler:
         logprob = logits.gather(-1, chosen[:, None]) - logits.logsumexp(-1, keepdim=True)
         signs = 2.0 * ((projections[:, None] >> self._rows[:, None]) & 1).float() - 1.0  # [rows, 8, hidden]
         projected = torch.bmm(signs, hidden.float().unsqueeze(-1)).squeeze(-1)  # [rows, 8]
-        values = torch.cat((logprob, projected / self._hidden**0.5), 1).clamp_(-_FP16_MAX, _FP16_MAX)
+        values = torch.cat((logprob, projected / self._hidden**0.5), 1).clamp_(-FP16_MAX, FP16_MAX)
         raw: bytes = values.cpu().numpy().astype(">f2").tobytes()
         return raw

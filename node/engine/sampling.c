@@ -101,8 +101,9 @@ static double log_sum(const float *x, long count, float scale, float *top) {
     return log((double)sum(acc)) + (double)*top * scale;
 }
 
-/* Whether the tokens above `edge` shut a token at it out of the nucleus. */
-static int outside(const float *logits, long vocab, float edge, float scale, double total, long top_k, double top_p) {
+/* Whether the tokens above `edge` shut a token at it out of the nucleus. `self`: one that does not count, or -1. */
+static int outside(const float *logits, long vocab, float edge, long self, float scale, double total, long top_k,
+                   double top_p) {
     vi count = {0};
     vf acc = {0};
     for (long i = 0; i < vocab; i += LANES) {
@@ -112,8 +113,13 @@ static int outside(const float *logits, long vocab, float edge, float scale, dou
         acc += pick(above, exp_(x * scale - (float)total), splat(0.0f));
     }
     long larger = 0;
+    double mass = (double)sum(acc);
     for (int i = 0; i < LANES; i++) larger += count[i];
-    return larger && (larger >= top_k || (double)sum(acc) >= top_p);
+    if (self >= 0 && logits[self] > edge) {
+        larger--;
+        mass -= (double)exp_(splat(logits[self] * scale - (float)total))[0];
+    }
+    return larger && (larger >= top_k || mass >= top_p);
 }
 
 /* out[r] = the token of row r by the rule of protocol/sampling.py, 0 where every logit is -inf or NaN. logits [rows,
@@ -127,10 +133,100 @@ void tally_choose(int threads, long rows, long vocab, const float *logits, const
         if (temperature[row] > 0 && (top_k[row] < vocab || top_p[row] < 2)) {
             float top, scale = 1.0f / temperature[row];
             double total = log_sum(x, vocab, scale, &top);
-            while (chosen >= 0 && outside(x, vocab, x[chosen], scale, total, top_k[row], top_p[row]))
+            while (chosen >= 0 && outside(x, vocab, x[chosen], -1, scale, total, top_k[row], top_p[row]))
                 chosen = best_score(x, vocab, temperature[row], keys + 2 * row, x[chosen]);
         }
         out[row] = chosen < 0 ? 0 : chosen;
+    }
+}
+
+/* The best two scores of a row and the id of the first, -1 when nothing beats -inf. */
+typedef struct {
+    float first, second;
+    long id;
+} Two;
+
+/* The second largest of the lanes' best scores and of those that came second in a lane. */
+INLINE float runner_up(vf best, vf second) {
+    float high = -INFINITY, next = largest(second);
+    for (int i = 0; i < LANES; i++) {
+        if (best[i] > high) {
+            next = high > next ? high : next;
+            high = best[i];
+        } else if (best[i] > next) next = best[i];
+    }
+    return next;
+}
+
+static Two best_two(const float *logits, long vocab, float temperature, const uint32_t *keys) {
+    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Best best = {splat(-INFINITY), {0}};
+    vf second = splat(-INFINITY);
+    float bar = -INFINITY;
+    for (long i = 0; i < vocab; i += LANES) {
+        vf y = some(logits, i, vocab);
+        if (temperature > 0) {
+            vu word = words(i, keys[0], keys[1]);
+            if (!any(y + temperature * gumbel_at_most(word) >= bar)) continue;
+            y += temperature * gumbel(word);
+        }
+        second = maximum(second, pick(y > best.value, best.value, y));
+        offer(&best, y, lanes + (int32_t)i);
+        if (temperature > 0) bar = runner_up(best.value, second);
+    }
+    return (Two){largest(best.value), runner_up(best.value, second), winner(&best)};
+}
+
+static float score_of(const float *logits, long vocab, long id, float temperature, const uint32_t *keys) {
+    long first = id - id % LANES;
+    vf y = some(logits, first, vocab);
+    if (temperature > 0) y += temperature * gumbel(words(first, keys[0], keys[1]));
+    return y[id - first];
+}
+
+/* The margin of `chosen` where a cut may apply: rivals that are outside even of a narrower nucleus do not count. */
+static float margin_inside(const float *x, long vocab, const uint32_t *keys, float temperature, long top_k,
+                           double top_p, long chosen, long rival, float edge_logit, double edge_mass) {
+    float top, scale = 1.0f / temperature, score = score_of(x, vocab, chosen, temperature, keys);
+    double total = log_sum(x, vocab, scale, &top);
+    if (outside(x, vocab, x[chosen] + edge_logit, -1, scale, total, top_k, top_p + edge_mass)) return INFINITY;
+    while (rival >= 0 && rival != chosen) {
+        float lead = score_of(x, vocab, rival, temperature, keys) - score;
+        if (!(lead > 0)) return 0;
+        if (!outside(x, vocab, x[rival] - edge_logit, rival, scale, total, top_k, top_p - edge_mass)) return lead;
+        rival = best_score(x, vocab, temperature, keys, x[rival]);
+    }
+    return 0;
+}
+
+/* out [rows, 2] = margin of chosen[r] by the rule of protocol/sampling.py, and best score minus second best. Arguments
+ * as of tally_choose; edge_* are the tolerances of the rule. */
+void tally_look_back(int threads, long rows, long vocab, const float *logits, const uint32_t *keys,
+                     const float *temperature, const int64_t *top_k, const double *top_p, const int64_t *chosen,
+                     float edge_logit, double edge_mass, float *out) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1)
+    for (long row = 0; row < rows; row++) {
+        const float *x = logits + row * vocab;
+        const uint32_t *words = keys + 2 * row;
+        float warm = temperature[row];
+        Two two = best_two(x, vocab, warm, words);
+        float margin = two.id == chosen[row] ? 0 : two.first - score_of(x, vocab, chosen[row], warm, words);
+        if (warm > 0 && (top_k[row] < vocab || top_p[row] < 2))
+            margin = margin_inside(x, vocab, words, warm, top_k[row], top_p[row], chosen[row], two.id, edge_logit,
+                                   edge_mass);
+        out[2 * row] = margin;
+        out[2 * row + 1] = two.first - two.second;
+    }
+}
+
+/* out[r] = log-probability of chosen[r] under the plain softmax of row r. logits [rows, vocab] fp32. */
+void tally_logprob(int threads, long rows, long vocab, const float *logits, const int64_t *chosen, float *out) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * vocab >= PARALLEL_NUMBERS)
+    for (long row = 0; row < rows; row++) {
+        const float *x = logits + row * vocab;
+        float top;
+        double total = log_sum(x, vocab, 1.0f, &top);
+        out[row] = (float)((double)x[chosen[row]] - total);
     }
 }
 

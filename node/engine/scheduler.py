@@ -20,7 +20,6 @@ from typing import Final, TypeVar
 import torch
 
 from node.engine import adjust
-from node.engine.adjust import Adjustment
 from node.engine.decoder import Batch, DecoderBase, Segment
 from node.engine.generation import EngineError, Generation, GrammarEnds
 from node.engine.pace import Pace
@@ -101,10 +100,8 @@ class Scheduler:
         request, options = stream.request, stream.request.options
         if request.salt:
             stream.heads = block_heads(request.salt, request.prompt)
-        if options.penalised or options.min_tokens or stream.matcher is not None:
-            continued = request.prompt[len(request.prompt) - options.continued :]
-            vocab, device = self._decoder.spec.vocab, self._decoder.device
-            stream.adjustment = Adjustment(options, continued, stream.stops, stream.matcher, vocab, device)
+        spec, device = self._decoder.spec, self._decoder.device
+        stream.adjustment = adjust.adjustment(options, request.prompt, stream.stops, stream.matcher, spec.vocab, device)
         self._waiting.arrive(stream)
 
     def cancel(self, stream: Generation) -> None:
@@ -316,7 +313,7 @@ class Scheduler:
             sampled,
             chosen.tolist(),
             raw,
-            _routing(routing, len(sampled)),
+            routing_bytes(routing, len(sampled)),
             self._likeliest(sampled, logits),
         )
 
@@ -430,7 +427,7 @@ def _if_memory_lasts(copy: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _routing(routing: torch.Tensor | None, rows: int) -> list[bytes]:
+def routing_bytes(routing: torch.Tensor | None, rows: int) -> list[bytes]:
     """What protocol.transcript.routing_fingerprint gives each row."""
     if routing is None:
         return [b""] * rows
