@@ -12,16 +12,21 @@ from dataclasses import replace
 from typing import Any, Final
 
 from devnet.adversaries.standing_in import stand_in
+from node.ports import JobRow
+from node.provider.audits import Audits
 from node.provider.delivery import Delivery
+from node.provider.epochs import Epochs
 from protocol.eip712 import Domain, digest
-from protocol.frames import OfferEnvelope, Receipt
+from protocol.errors import Refused
+from protocol.frames import OfferEnvelope, Receipt, RefusalCode
+from protocol.merkle import Entry
 from protocol.messages import Offer, Tariff, WorkReceipt
 from protocol.metering import Usage
 from protocol.offers import seal_offer
 from protocol.packing import pack
 from protocol.signing import Signer
 from protocol.tariff import basis_of, cost_up
-from protocol.units import Address, FinishReason, Wei
+from protocol.units import Address, FinishReason, JobId, Wei
 from protocol.work import Work
 
 EXTRA_TOKENS: Final = 8
@@ -87,6 +92,21 @@ class Equivocating(Delivery):
             await self._talk.send(Receipt(pack(other), signature))
 
 
+class Omitting(Epochs):
+    """Leaves every other job out of its commitments: what no root holds, no committee draws."""
+
+    async def _entry(self, job: JobRow) -> Entry | None:
+        entry = await super()._entry(job)
+        return None if job.job_id[-1] % 2 else entry
+
+
+class Withholding(Audits):
+    """Shows its entries and no dossier: it would rather be away than be seen through."""
+
+    async def _dossier(self, _: Address, __: Any, ___: JobId) -> bytes:
+        raise Refused(RefusalCode.BUSY, "ask again")
+
+
 def _account_as(work: type[Work]) -> None:
     stand_in("node.provider.server", "Work", work)
 
@@ -109,6 +129,16 @@ def false_cached() -> None:
 def equivocate() -> None:
     """Have this process sign twice."""
     stand_in("node.provider.server", "Delivery", Equivocating)
+
+
+def omit() -> None:
+    """Have this process commit to half of its jobs."""
+    stand_in("node.provider.epochs", "Epochs", Omitting)
+
+
+def withhold() -> None:
+    """Have this process show no transcript."""
+    stand_in("node.provider.audits", "Audits", Withholding)
 
 
 def victim(environ: Mapping[str, str] = os.environ) -> Address:
