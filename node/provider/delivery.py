@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Final
 
-from incentives.ledger import AckReceived, JobClosed, ReceiptIssued, Role
+from incentives.ledger import AckReceived, JobClosed, OutputKept, ReceiptIssued, Role
 from node.crashpoints import crash_point, declare
 from node.jobstream import JobStream
 from node.ports import Clock, EngineToken, Store, StreamEnded, TokenStream, UnfitRequest
@@ -41,7 +41,7 @@ from protocol.messages import ReceiptAck, Voucher, WorkReceipt
 from protocol.packing import pack, unpack
 from protocol.sealing import Sealed
 from protocol.signing import Signer, verify
-from protocol.transcript import Row
+from protocol.transcript import Leaf, Row
 from protocol.units import INCREMENT_TOKENS, Address, Digest, FinishReason, Wei
 from protocol.work import Work, most_up
 
@@ -56,6 +56,9 @@ VOUCHER_TIMEOUT_S: Final = 60.0
 
 ACK_TIMEOUT_S: Final = 10.0
 """How long we wait for the final acknowledgement. Unit: s. Without it the last increment is unpaid, not disputed."""
+
+FOREVER_MS: Final = 1 << 62
+"""No limit of our own on how long a job may take. Unit: Unix ms."""
 
 RECEIPT_JOURNALED: Final = declare("provider.receipt.journaled")
 """A receipt is on disk; its signature does not exist yet."""
@@ -81,15 +84,28 @@ class Tools:
 class Delivery:
     """One job, from acceptance to its terminal state. `run` returns the finish reason that was journaled.
 
-    `promised`: tokens of the prompt that are charged as cached at least.
+    `promised`: tokens of the prompt that are charged as cached at least. `keeps`: what is delivered is kept, beside its
+    prompt. `cut_ms`: Unix ms by which the job must be over, whatever its deadline.
     """
 
-    def __init__(self, tools: Tools, talk: JobStream, sealed: Sealed, work: Work, promised: int) -> None:
+    def __init__(
+        self,
+        tools: Tools,
+        talk: JobStream,
+        sealed: Sealed,
+        work: Work,
+        promised: int,
+        *,
+        keeps: bool = False,
+        cut_ms: int = FOREVER_MS,
+    ) -> None:
         self._tools = tools
         self._talk = talk
         self._sealed = sealed
         self._work = work
         self._promised = promised
+        self._keeps = keeps
+        self._cut_ms = cut_ms
         self._client = Address(work.request.client)
         self._rows: list[EngineToken] = []
         self._enough = 1  # tokens in the buffer that are worth waking `_deliver` for
@@ -250,7 +266,7 @@ class Delivery:
             if self._cancelled:
                 return FinishReason.CANCELLED
             if self._until_deadline() <= 0:
-                return FinishReason.DEADLINE
+                return self._out_of_time()
             if not self._rows:
                 continue  # the deadline came nearer while we waited, and went away again: the clock was set back
             await self._send_tokens()
@@ -266,7 +282,7 @@ class Delivery:
         if self._cancelled:
             return FinishReason.CANCELLED
         if not self._vectors:
-            return FinishReason.DEADLINE
+            return self._out_of_time()
         for index, vector in enumerate(self._vectors):
             self._work = self._work.take_vector(index, vector, self._tools.clock.now_ms())
             await self._talk.send(Vectors(self._sealed.seal(encode_vector(VectorBatch(index, vector)))))
@@ -292,7 +308,18 @@ class Delivery:
         return full or self._engine_finish is not FinishReason.OPEN or self._cancelled
 
     def _until_deadline(self) -> float:
-        return (self._work.request.deadline - self._tools.clock.now_ms()) / 1000
+        return (min(self._work.request.deadline, self._cut_ms) - self._tools.clock.now_ms()) / 1000
+
+    def _out_of_time(self) -> FinishReason:
+        """DEADLINE, when it is the client's. Raises: Refused when it is ours: the job's epoch must be committed to."""
+        # SPEC 8.6: a job that is not over by then is aborted
+        if self._work.request.deadline <= self._cut_ms:
+            return FinishReason.DEADLINE
+        reason = (
+            "the job ran longer than the epoch it belongs to can be committed to; what was vouched for stands, and "
+            "another job can go on from there"
+        )
+        raise Refused(RefusalCode.BUSY, reason)
 
     async def _wait(self, limit_s: float, ready: Callable[[], bool]) -> None:
         """Until `ready()` or the limit. Raises: whatever ended the stream or the engine meanwhile."""
@@ -340,10 +367,12 @@ class Delivery:
         """Make the receipt, journal it, and only then sign it."""
         finished_at = 0 if finish is FinishReason.OPEN else self._tools.clock.now_ms()
         vouched = self._tools.books.channel(self._client).vouched
+        content = self._content() if self._keeps else ()
         work, receipt = self._work.receipt(finish, finished_at, vouched)
         receipt_digest = digest(self._tools.domain, receipt)
+        kept = (OutputKept(Role.PROVIDER, self._work.job_id, receipt.step, content),) if content else ()
         # SPEC 4.5: The provider writes a receipt to disk and syncs before it signs it
-        await self._tools.store.write(ReceiptIssued(receipt_digest, receipt))
+        await self._tools.store.write(ReceiptIssued(receipt_digest, receipt), *kept)
         self._work = work.sealed(receipt_digest)
         if receipt.is_final:
             job_id, total = self._work.job_id, Wei(receipt.total)
@@ -353,6 +382,12 @@ class Delivery:
         self._receipted_at = self._tools.clock.monotonic()
         crash_point(RECEIPT_JOURNALED)
         return receipt, self._tools.signer.sign_digest(Digest(receipt_digest))
+
+    def _content(self) -> tuple[bytes, ...]:
+        """What the next receipt is over beyond the last one: its leaf, or an embedding job's vectors."""
+        if self._work.embeds:
+            return self._vectors[: self._work.transcript.leaves]
+        return (Leaf.of(self._work.pending).to_bytes(),) if self._work.pending else ()
 
     async def _send_receipt(self) -> None:
         receipt, signature = await self._issue(FinishReason.OPEN)

@@ -280,6 +280,13 @@ class Offering:
         tariff_hash, (tariff, signature) = max(in_force, key=lambda item: item[1][0].sequence)
         return tariff_hash, tariff, signature
 
+    def standing(self) -> tuple[Tariff, Digest, int] | None:
+        """The tariff that is offered under now, its hash, and the base multiplier; None when nothing is offered."""
+        newest = self._newest()
+        if newest is None or self._base_offered is None:
+            return None
+        return newest[1], newest[0], self._base_offered
+
     async def renew(self) -> None:
         """Sign and announce a fresh offer under the newest tariff in force. Raises: StoreError."""
         async with self._renewing:

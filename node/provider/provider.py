@@ -20,6 +20,7 @@ from node.ports import (
     ChainError,
     ChainUnavailable,
     Clock,
+    Court,
     Directory,
     Engine,
     Entropy,
@@ -28,14 +29,21 @@ from node.ports import (
     StoreError,
     Transport,
 )
+from node.provider.audits import Audits
 from node.provider.base import SAMPLE_S
 from node.provider.books import Books
+from node.provider.cases import Cases
+from node.provider.decoys import Decoys, Terms
 from node.provider.delivery import Tools
+from node.provider.epochs import Epochs
 from node.provider.offering import OFFER_LIFE_S, Offering, OfferTexts
 from node.provider.reservations import Reservations
-from node.provider.server import JobServer
+from node.provider.retention import Retention
+from node.provider.server import JobServer, RunningJobs
 from node.provider.settler import Settler
-from protocol.frames import CARD_PROTOCOL, JOB_PROTOCOL
+from node.provider.staking import Staking
+from node.shredding import Shredder
+from protocol.frames import AUDIT_PROTOCOL, CARD_PROTOCOL, JOB_PROTOCOL
 from protocol.messages import Tariff
 from protocol.signing import Signer
 from protocol.units import FinishReason, Wei
@@ -45,19 +53,27 @@ log = logging.getLogger("tally.provider")
 RETRY_S: Final = 2.0
 """Pause before the chain is tried again. Unit: s."""
 
+FINISH_S: Final = 10.0
+"""How long a stop waits at most for the last epoch to end and be committed to. Unit: s. On a chain with long epochs the
+next start does it; waiting for those would make every restart as long."""
+
 TARIFF_LOOK_S: Final = 0.1
 """How often a starting provider looks whether its tariff is in force. Unit: s."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProviderSettings:
-    """What the operator chose. `tariff`: prices, its sequence and dates are filled in. `stake`: wei to hold staked."""
+    """What the operator chose. `tariff`: prices, its sequence and dates are filled in. `stake`: wei to hold staked.
+
+    `appeal`: put up the bond by itself against a verdict of guilty that no planted error explains.
+    """
 
     tariff: Tariff
     texts: OfferTexts
     policy: SettlePolicy
     stake: Wei
     drain_s: float
+    appeal: bool = True
 
 
 class Provider:
@@ -75,7 +91,9 @@ class Provider:
         directory: Directory,
         clock: Clock,
         entropy: Entropy,
+        court: Court | None = None,
     ) -> None:
+        """`court` None: this deployment has none, so nothing is committed to or audited."""
         self._settings = settings
         self._node_key = node_key
         self._engine = engine
@@ -91,15 +109,64 @@ class Provider:
         tools = Tools(chain.domain, node_key, self.books, store, clock)
         reservations = Reservations(self._wallet, card.profile_id, chain)
         self._promised = Prefixes()
-        self.server = JobServer(tools, engine, entropy, card, self.offering, reservations, self._promised)
+        running = RunningJobs()
+        decoys = Decoys(
+            self._wallet,
+            node_key,
+            engine,
+            court,
+            store,
+            chain,
+            clock,
+            entropy,
+            card,
+            self._decoy_terms,
+            running.accept,
+            running.close,
+        )
+        self.epochs = Epochs(
+            self._wallet,
+            card.profile,
+            engine.verifiability,
+            node_key,
+            court,
+            store,
+            clock,
+            entropy,
+            decoys,
+            running.accepted,
+        )
+        keeps = court is not None or settings.texts.retention_hours > 0
+        self.server = JobServer(
+            tools,
+            engine,
+            entropy,
+            card,
+            self.offering,
+            reservations,
+            self._promised,
+            running,
+            self.epochs,
+            keeps=keeps,
+        )
+        self.cases = None if court is None else Cases(court, chain, store, clock, appeals=settings.appeal)
+        self.audits = Audits(chain.domain, node_key, store, chain, court, entropy)
+        self.staking = Staking(self._wallet, self.books, self.settler, store, chain, clock)
+        retention = Retention(court, store, self.epochs, self.cases)
+        self.shredder = Shredder(Role.PROVIDER, settings.texts.retention_hours, store, clock, retention.may_go)
         transport.serve(JOB_PROTOCOL, self.server.handle_job)
         transport.serve(CARD_PROTOCOL, self.server.handle_card)
+        transport.serve(AUDIT_PROTOCOL, self.audits.handle)
         self.background = Background(clock)
         self._tasks: list[asyncio.Task[None]] = []
         self._renew_at = 0.0
 
     def _on_exit(self) -> None:
         self.settler.wake()
+
+    def _decoy_terms(self) -> Terms | None:
+        standing = self.offering.standing()
+        return None if standing is None else Terms(*standing)
 
     async def start(self) -> None:
         """Recover, register, log the tariff, wait until it is in force, offer.
@@ -124,7 +191,12 @@ class Provider:
             start("following the chain", self._watch, "jobs are served up to confirmed escrow"),
             start("offering", self._keep_offering, "the present offer and tariff stand"),
             start("the base price", self._follow_base, "the present offer's multiplier stands"),
+            start("committing", self.epochs.run, "what is not committed to yet is noted and tried again"),
+            start("watching the stake", self.staking.run, "the stake known last stands"),
+            start("shredding", self.shredder.run, "content is kept until it can be"),
         ]
+        if self.cases is not None:
+            self._tasks.append(start("watching cases", self.cases.run, "a case is looked up again"))
         if not caught_up:
             self._tasks.append(start("joining", self._join_later, "jobs are served up to confirmed escrow"))
 
@@ -147,6 +219,7 @@ class Provider:
 
     async def _register(self) -> None:
         await self._chain.register_provider(self._node_key.secret, self._settings.stake)
+        await self.epochs.join()
         await self.offering.prepare_tariff()
         await self.settler.resolve("lost in a restart")
 
@@ -164,6 +237,7 @@ class Provider:
         await asyncio.gather(*tasks, return_exceptions=True)
         if tasks:
             try:
+                await self.epochs.finish(min(self._settings.drain_s, FINISH_S))
                 await self.settler.settle_rest()
             except StoreError as exc:
                 log.error("the last vouchers stay for the next start: %s", exc)
@@ -214,5 +288,12 @@ class Provider:
             "settlement_gas": totals.gas,
             "settlement_pairs": totals.pairs,
             "last_settlement_error": totals.last_error,
+            "commitments": self.epochs.committed,
+            "commitments_unposted": self.epochs.unposted,
+            "commitments_why_not": self.epochs.why_not,
+            "dossiers_shown": self.audits.dossiers,
+            "convictions": 0 if self.cases is None else self.cases.convicted,
+            "content_shredded": self.shredder.shredded,
+            **self.staking.status(),
             "background": self.background.status(),
         }

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from incentives.ledger import JobOpened, Role
+from incentives.ledger import JobOpened, PromptKept, Role
 from incentives.prefixes import Prefixes
 from node.jobstream import JobStream
 from node.ports import Engine, EngineFull, Entropy, ModelCard, Stream, StreamEnded, TokenStream, Urgency
 from node.provider.admission import Admitted, Terms, check_prompt, check_request, engine_request, urgency_of
 from node.provider.delivery import Delivery, Tools
+from node.provider.epochs import Epochs
 from node.provider.offering import Offering
 from node.provider.reservations import Reservations
 from node.whole import whole
@@ -40,7 +41,7 @@ from protocol.metering import Usage, job_ste_micro
 from protocol.packing import pack
 from protocol.sealing import Sealed
 from protocol.session import Side, State
-from protocol.units import ZERO_DIGEST, Address, Digest, FinishReason, JobKind, Wei
+from protocol.units import ZERO_DIGEST, Address, Digest, FinishReason, JobId, JobKind, Wei
 from protocol.work import Work, nonce_commitment
 
 log = logging.getLogger("tally.provider")
@@ -72,9 +73,26 @@ def _engine_refusals() -> Iterator[None]:
         raise Refused(RefusalCode.BAD_REQUEST, str(exc)) from exc
 
 
+class RunningJobs:
+    """When each job that is not closed was accepted, Unix ms."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[JobId, int] = {}
+
+    def accept(self, job_id: JobId, accepted_ms: int) -> None:
+        self._jobs[job_id] = accepted_ms
+
+    def close(self, job_id: JobId) -> None:
+        self._jobs.pop(job_id, None)
+
+    def accepted(self) -> tuple[int, ...]:
+        """Acceptance times."""
+        return tuple(self._jobs.values())
+
+
 class JobServer:
     """Serves jobs under the offering's terms. `draining` refuses new ones. `promised`: prompts this provider said it
-    keeps before it was started."""
+    keeps before it was started. `keeps`: content stays for audits, unless its job is private."""
 
     def __init__(
         self,
@@ -85,8 +103,15 @@ class JobServer:
         offering: Offering,
         reservations: Reservations,
         promised: Prefixes,
+        running: RunningJobs,
+        epochs: Epochs,
+        *,
+        keeps: bool,
     ) -> None:
         self._tools = tools
+        self._accepted = running
+        self._epochs = epochs
+        self._keeps = keeps
         self._promised = promised
         self._reservations = reservations
         self._engine = engine
@@ -254,7 +279,11 @@ class JobServer:
             tokens: TokenStream | None = None
             if admitted.request.kind != JobKind.EMBED:
                 tokens = await stack.enter_async_context(contextlib.aclosing(await self._submit(admitted, prompt)))
-            accept = Accept(Digest(admitted.job_id), Digest(nonce), admitted.seed, tools.clock.now_ms())
+            now = tools.clock.now_ms()
+            self._epochs.check_open(now)
+            self._accepted.accept(admitted.job_id, now)  # at once: from here on its epoch waits for it
+            stack.callback(self._accepted.close, admitted.job_id)
+            accept = Accept(Digest(admitted.job_id), Digest(nonce), admitted.seed, now)
             signature = tools.signer.sign(tools.domain, accept)
             opened = JobOpened(
                 Role.PROVIDER,
@@ -277,8 +306,11 @@ class JobServer:
             )
             # SPEC 5.7: A provider that lost what it kept still charges it as cached
             due = self._promised.due(work.request, work.tariff, work.heads, accept.accepted_at)
-            delivery = Delivery(tools, talk, sealed, work, due)
-            await whole(tools.store.write(opened))
+            keeps = self._keeps and not admitted.request.is_private
+            cut_ms = self._epochs.cut_ms(now)
+            delivery = Delivery(tools, talk, sealed, work, due, keeps=keeps, cut_ms=cut_ms)
+            kept = (PromptKept(Role.PROVIDER, admitted.job_id, frame.salt, prompt),) if keeps else ()
+            await whole(tools.store.write(opened, *kept))
             try:
                 await talk.send(Accepted(pack(accept), signature))
                 if tokens is None:

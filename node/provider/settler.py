@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from incentives.ledger import SettlementDropped, SettlementMined, SettlementSent
@@ -73,6 +73,8 @@ class Settler:
         self._retry_at = 0.0
         self._held: dict[Address, float] = {}  # per client, until when (monotonic)
         self._claimed: dict[Address, Wei] = {}  # what our batches brought each channel to
+        self.cap: Wei | None = None
+        """Most wei that may stand unsettled behind the stake; None while it is not known."""
         self.totals = SettlementTotals()
 
     def wake(self) -> None:
@@ -152,6 +154,8 @@ class Settler:
         now, since_start = self._clock.now_ms() // 1000, self._clock.monotonic()
         self._held = {client: until for client, until in self._held.items() if until > since_start}
         policy = SettlePolicy(0, Wei(0), Wei(1)) if everything else self._policy
+        if self.cap is not None:  # beyond it cheating would pay, so clients buy nothing more
+            policy = replace(policy, value=Wei(min(policy.value, self.cap)))
         channels = [item for item in self._books.channels() if item[0].key.client not in self._held]
         signatures = {channel.key: signature for channel, signature in channels}
         chosen = due([channel for channel, _ in channels], now, self._last, policy)
