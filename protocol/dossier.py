@@ -9,7 +9,7 @@ write those tokens. A private job is shown without prompt and transcript: its do
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Annotated, Any, Final
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta, Struct
 
+from protocol.cache import BLOCK_TOKENS
 from protocol.eip712 import Domain, digest, hash_struct
 from protocol.errors import FieldOutOfRange, MalformedFrame, TallyError
 from protocol.frames import CHUNK_BYTES, DossierChunk, chunked
@@ -27,7 +28,7 @@ from protocol.options import MAX_OPTIONS_BYTES, JobOptions, decode_options, opti
 from protocol.packing import pack, unpack
 from protocol.sampling import derive_seed
 from protocol.sealing import BoxKey, Sealed
-from protocol.signing import verify
+from protocol.signing import recover_digest, verify
 from protocol.tariff import basis_of, check_tariff
 from protocol.transcript import (
     LOGPROB_BYTES,
@@ -288,17 +289,18 @@ def examine(
     dossier: Dossier,
     entry: Entry,
     domain: Domain,
-    node_key: Address,
+    node_keys: Collection[Address],
     profile: Profile,
     period: tuple[int, int] | None = None,
 ) -> Examined:
     """What the documents prove: that this is the entry's job, agreed, priced and recorded as the receipt says.
 
-    `node_key`: whose signatures count as the provider's. `profile`: the one the commitment is under. `period`: Unix ms
+    `node_keys`: whose signatures count as the provider's: keys that it has or had, for a key may be changed between a
+    job and its audit. `profile`: the one the commitment is under. `period`: Unix ms
     from and before which the job must have been received. Raises: Forged with the reason; nothing else.
     """
     try:
-        return _examine(dossier, entry, domain, node_key, profile, period)
+        return _examine(dossier, entry, domain, node_keys, profile, period)
     except Forged:
         raise
     except (TallyError, ValueError) as exc:  # ValueError: a number that is no tier, kind or finish reason
@@ -310,6 +312,15 @@ def _need(condition: bool, why: str) -> None:
         raise Forged(why)
 
 
+def _signed(domain: Domain, document: Any, signature: bytes, node_keys: Collection[Address]) -> Digest:
+    """The digest of a document that one of the provider's keys signed. Raises: Forged."""
+    found = digest(domain, document)
+    signer = recover_digest(found, signature)
+    name = type(document).__name__
+    _need(signer in node_keys, f"the signature of {name} is of {_hex(signer or b'')}, which is no key of the provider")
+    return found
+
+
 def _hex(value: bytes) -> str:
     return "0x" + value.hex()
 
@@ -318,7 +329,7 @@ def _examine(
     dossier: Dossier,
     entry: Entry,
     domain: Domain,
-    node_key: Address,
+    node_keys: Collection[Address],
     profile: Profile,
     period: tuple[int, int] | None,
 ) -> Examined:
@@ -329,9 +340,9 @@ def _examine(
     found = options_hash(dossier.options)
     _need(found == request.options_hash, f"the options hash to {_hex(found)}, which the request did not sign")
     options = decode_options(dossier.options)
-    _check_accept(dossier, job_id, domain, node_key)
-    _check_tariff(dossier, domain, node_key)
-    _check_entry(dossier, entry, domain, node_key)
+    _check_accept(dossier, job_id, domain, node_keys)
+    _check_tariff(dossier, domain, node_keys)
+    _check_entry(dossier, entry, domain, node_keys)
     if period is not None:
         _need(period[0] <= receipt.received_at < period[1], "the job was received in another epoch")
     content = _Content(profile, dossier, options)
@@ -343,9 +354,9 @@ def _examine(
     )
 
 
-def _check_accept(dossier: Dossier, job_id: JobId, domain: Domain, node_key: Address) -> None:
+def _check_accept(dossier: Dossier, job_id: JobId, domain: Domain, node_keys: Collection[Address]) -> None:
     request, accept = dossier.request, dossier.accept
-    verify(domain, accept, dossier.accept_signature, node_key)
+    _signed(domain, accept, dossier.accept_signature, node_keys)
     _need(bytes(accept.job_id) == job_id, f"the acceptance is of job {_hex(accept.job_id)}")
     opened = nonce_commitment(accept.provider_nonce)
     _need(opened == request.provider_commitment, "the acceptance opens another nonce than the quote committed to")
@@ -357,9 +368,9 @@ def _check_accept(dossier: Dossier, job_id: JobId, domain: Domain, node_key: Add
     _need(accept.seed == seed, f"the seed {_hex(accept.seed)} is not the one the nonces give, {_hex(seed)}")
 
 
-def _check_tariff(dossier: Dossier, domain: Domain, node_key: Address) -> None:
+def _check_tariff(dossier: Dossier, domain: Domain, node_keys: Collection[Address]) -> None:
     request, tariff = dossier.request, dossier.tariff
-    tariff_hash = verify(domain, tariff, dossier.tariff_signature, node_key)
+    tariff_hash = _signed(domain, tariff, dossier.tariff_signature, node_keys)
     _need(tariff_hash == request.tariff_hash, f"the tariff {_hex(tariff_hash)} is not the one the request names")
     same = (tariff.provider, tariff.profile_id) == (request.provider, request.profile_id)
     _need(same, "the tariff is of another provider or profile than the request")
@@ -371,12 +382,11 @@ def _check_tariff(dossier: Dossier, domain: Domain, node_key: Address) -> None:
     )
 
 
-def _check_entry(dossier: Dossier, entry: Entry, domain: Domain, node_key: Address) -> None:
+def _check_entry(dossier: Dossier, entry: Entry, domain: Domain, node_keys: Collection[Address]) -> None:
     """The receipt is the one that was committed to."""
     receipt, request = dossier.receipt, dossier.request
-    found = digest(domain, receipt)
+    found = _signed(domain, receipt, dossier.receipt_signature, node_keys)
     _need(found == entry.receipt, f"the receipt has digest {_hex(found)}, the entry holds {_hex(entry.receipt)}")
-    verify(domain, receipt, dossier.receipt_signature, node_key)
     stands = f"the entry holds {entry.amount} wei, the receipt comes to {receipt.total}"
     _need(entry.amount == receipt.total, stands)
     _need(receipt.total <= request.price_ceiling, "the receipt is above the ceiling the client set")
@@ -428,6 +438,8 @@ def _check_receipt(dossier: Dossier, profile: Profile, options: JobOptions, job_
         start,
         transcript=transcript,
         reasoning=reasoning,
+        # The cache salt stays with the payer, so that no head can be hashed again: those stated stand in for ours.
+        heads=(Digest(receipt.cache_head),) * (receipt.cached_tokens // BLOCK_TOKENS + 1),
         cached_tokens=receipt.cached_tokens,
         first_token_at=receipt.first_token_at,
         step=receipt.step - 1,
@@ -441,7 +453,6 @@ def _check_receipt(dossier: Dossier, profile: Profile, options: JobOptions, job_
         is_final=receipt.is_final,
         finish_reason=finish,
         is_kept=receipt.is_kept,
-        cache_head=receipt.cache_head,
         prompt_head=receipt.prompt_head,
     )
     for item in fields(WorkReceipt):

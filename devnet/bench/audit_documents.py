@@ -201,7 +201,7 @@ def _client(told: Told) -> str:
 def _audit(told: Told) -> str:
     """What examining the dossier says, "" for nothing."""
     try:
-        examine(told.dossier, told.entry, DOMAIN, NODE.address, PROFILE)
+        examine(told.dossier, told.entry, DOMAIN, (NODE.address,), PROFILE)
     except Forged as exc:
         return exc.reason
     return ""
