@@ -961,8 +961,14 @@ class Court(Protocol):
         """Punish an objective fault (contracts/src/IFaults.sol) for the reporter's share."""
         ...
 
-    async def compensation(self, case_id: Digest, entry: Entry, index: int, siblings: Sequence[SumNode]) -> Mined:
-        """Send the payer of a committed job its share of a slash."""
+    async def compensation(
+        self, case_id: Digest, entry: Entry, index: int, siblings: Sequence[SumNode], receipt: WorkReceipt
+    ) -> Mined:
+        """Send the payer of a committed job its share of a slash. `receipt`: whose digest the entry holds."""
+        ...
+
+    async def collect(self, validator: Address) -> Mined:
+        """Send a validator its shares of slashes."""
         ...
 
 

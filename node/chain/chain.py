@@ -362,6 +362,29 @@ class Web3Chain:
             return Settled(_mined(receipt), Wei(0), Wei(0), ())
         return Settled(_mined(receipt), event.paid, event.fee, tuple(dict(event.claims).items()))
 
+    # -------------------------------------------------------------------------------- for the adapters beside this one
+
+    @property
+    def contracts(self) -> Contracts:
+        """Raises: ChainUnavailable before `start`."""
+        return self._parts.contracts
+
+    @property
+    def reader(self) -> Reader:
+        """Raises: ChainUnavailable before `start`."""
+        return self._parts.reader
+
+    async def call_contract(self, action: str, to: Address, data: bytes) -> Mined:
+        """Send calldata from this node's wallet. Raises: ChainUnavailable, ChainError."""
+        return await self._do(action, to, data)
+
+    async def pay_contract(self, action: str, to: Address, amount: Wei, data: bytes) -> Mined:
+        """The same for a call in which `to` takes TALLY. Raises: NotEnoughTally, ChainUnavailable, ChainError."""
+        async with self._allowance:
+            await self._need_tally(action, amount)
+            await self._allow(to, amount)
+            return await self._do(action, to, data)
+
     # ----------------------------------------------------------------------------------------------------- inside
 
     @property

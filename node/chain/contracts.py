@@ -42,18 +42,18 @@ class Contracts:
 
     def __init__(self, w3: AsyncWeb3[Any], deployment: Deployment) -> None:
         self.deployment = deployment
-        self.token = _bound(w3, "TallyToken", deployment.token)
-        self.escrow = _bound(w3, "Escrow", deployment.escrow)
-        self.registry = _bound(w3, "Registry", deployment.registry)
-        self.reservations = _bound(w3, "Reservations", deployment.reservations)
+        self.token = bound(w3, "TallyToken", deployment.token)
+        self.escrow = bound(w3, "Escrow", deployment.escrow)
+        self.registry = bound(w3, "Registry", deployment.registry)
+        self.reservations = bound(w3, "Reservations", deployment.reservations)
         self._codec = w3.codec
         self._topics = {
-            _topic(entry): entry["name"]
+            topic_of(entry): entry["name"]
             for entry in artifact("Escrow")["abi"]
             if entry["type"] == "event" and entry["name"] in CHANNEL_EVENTS
         }
         events = (entry for entry in artifact("Reservations")["abi"] if entry["type"] == "event")
-        self._right_topics = {entry["name"]: _topic(entry) for entry in events}
+        self._right_topics = {entry["name"]: topic_of(entry) for entry in events}
 
     def encode(self, contract: AsyncContract, function: str, *arguments: Any) -> bytes:
         """Calldata. Addresses among the arguments are 20 bytes."""
@@ -145,7 +145,8 @@ def checksum(address: bytes) -> Any:
     return to_checksum_address(address)
 
 
-def _bound(w3: AsyncWeb3[Any], name: str, address: Address) -> AsyncContract:
+def bound(w3: AsyncWeb3[Any], name: str, address: Address) -> AsyncContract:
+    """A shipped contract at an address."""
     contract: AsyncContract = w3.eth.contract(address=checksum(address), abi=artifact(name)["abi"])
     return contract
 
@@ -164,7 +165,8 @@ def _selector(entry: Any) -> bytes:
     return function_abi_to_4byte_selector(as_function)
 
 
-def _topic(entry: Any) -> bytes:
+def topic_of(entry: Any) -> bytes:
+    """The first topic of an event, from its ABI entry."""
     from eth_utils.abi import event_abi_to_log_topic
 
     return event_abi_to_log_topic(entry)

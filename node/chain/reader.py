@@ -81,11 +81,11 @@ class Reader:
     async def changes(self, provider: Address, first: int, last: int) -> dict[int, set[ChannelKey]]:
         """Per block in [first, last], the channels of `provider` whose slot changed in it."""
         out: dict[int, set[ChannelKey]] = {}
-        async for log in self._logs(lambda low, high: (self._contracts.slot_filter(provider, low, high),), first, last):
+        async for log in self.logs(lambda low, high: (self._contracts.slot_filter(provider, low, high),), first, last):
             out.setdefault(int(log["blockNumber"]), set()).update(self._contracts.touched(log))
         return out
 
-    async def _logs(
+    async def logs(
         self, queries: Callable[[int, int], tuple[dict[str, Any], ...]], first: int, last: int
     ) -> AsyncIterator[Any]:
         """What `queries(low, high)` find in blocks [first, last], asked for in spans that the endpoint allows."""
@@ -198,7 +198,7 @@ class Reader:
         last = (await self.confirmed()).number
         filters = functools.partial(self._contracts.right_filters, account)
         ids = {
-            Digest(bytes(log["topics"][1])) async for log in self._logs(filters, self._contracts.deployment.block, last)
+            Digest(bytes(log["topics"][1])) async for log in self.logs(filters, self._contracts.deployment.block, last)
         }
         limit = asyncio.Semaphore(_PARALLEL_SLOTS)
 
@@ -229,6 +229,10 @@ class Reader:
         node_key = await self._call(registry.nodeKeyOf(checksum(wallet)), "latest")
         active, _, _ = await self._call(registry.stakeOf(checksum(wallet)), "latest")
         return _address(node_key), Wei(active)
+
+    async def view(self, function: Any, block: int | str) -> Any:
+        """The result of a call of another contract's at a block."""
+        return await self._call(function, block)
 
     async def _call(self, function: Any, block: int | str) -> Any:
         return await self._rpc.read(lambda _: function.call(block_identifier=block))

@@ -12,12 +12,14 @@ from eth_hash.auto import keccak
 from devnet.anvil import Anvil
 from devnet.deploy import DeployOptions, fund
 from node.chain import ChainOptions, Deployment, RpcLimits, Web3Chain
+from node.chain.court import Web3Court
 from node.chain.rpc import Rpc
-from node.ports import Chain, Mined
+from node.ports import Chain, Court, CourtRules, Mined
 from protocol.eip712 import Domain
 from protocol.signing import Signer
 from protocol.units import WEI_PER_TALLY, Address, Digest, Wei
 from tests.twins.memory_chain import MemoryChain
+from tests.twins.memory_court import RULES, CourtWorld, MemoryCourt
 from tests.twins.memory_ledger import MemoryLedgerChain
 from tests.twins.wall_clock import WallClock
 
@@ -78,10 +80,18 @@ class ChainLab(Protocol):
         ...
 
 
-class MemoryLab:
-    """The twin."""
+class CourtLab(ChainLab, Protocol):
+    """A chain whose deployment has a Court."""
 
-    def __init__(self) -> None:
+    def court(self, node: Node) -> Court:
+        """The Court, acting for the wallet of one of this lab's nodes."""
+        ...
+
+
+class MemoryLab:
+    """The twin. `rules`: of its Court."""
+
+    def __init__(self, rules: CourtRules = RULES) -> None:
         o = LAB_OPTIONS
         self.world = MemoryLedgerChain(
             epoch_seconds=o.epoch_seconds,
@@ -89,7 +99,12 @@ class MemoryLab:
             min_stake=o.min_stake,
             unbond_delay=o.unbond_delay,
         )
+        self.court_world = CourtWorld(self.world, rules)
         self._accounts = 0
+
+    def court(self, node: Node) -> Court:
+        assert isinstance(node, MemoryChain)
+        return MemoryCourt(self.court_world, node)
 
     @property
     def domain(self) -> Domain:
@@ -137,6 +152,13 @@ class MemoryLab:
         pass
 
 
+class _ChainTime(WallClock):
+    """A wall clock that is never ahead of a chain whose time a test moves."""
+
+    def now_ms(self) -> int:
+        return 0
+
+
 class AnvilLab:
     """Web3Chain on an Anvil that carries `deployment`. `close` takes back all that was done."""
 
@@ -147,6 +169,10 @@ class AnvilLab:
         self._nodes: list[Web3Chain] = []
         self._accounts = 0
         self._snapshot = ""
+
+    def court(self, node: Node) -> Court:
+        assert isinstance(node, Web3Chain)
+        return Web3Court(node, _ChainTime())
 
     async def open(self) -> AnvilLab:
         await self.rpc.start()
@@ -226,4 +252,4 @@ def secret_of(number: int) -> Signer:
     return Signer.from_secret(keccak(b"tallystick lab account %d" % number))
 
 
-__all__ = ["AnvilLab", "ChainLab", "MemoryLab", "Node", "secret_of"]
+__all__ = ["AnvilLab", "ChainLab", "CourtLab", "MemoryLab", "Node", "secret_of"]

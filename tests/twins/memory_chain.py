@@ -261,6 +261,24 @@ class MemoryChain:
         run = lambda s: contracts.settle(s, self.domain, provider, vouchers)  # noqa: E731
         return Transaction(prepared.transaction, sender, int.from_bytes(raw[:8], "big"), run)
 
+    # ------------------------------------------------------------------------------------------ for the Court's twin
+
+    def seen_state(self, *, confirmed: bool) -> contracts.State:
+        """The state this node sees, of its newest or its confirmed block. Raises: ChainUnavailable."""
+        return (self._confirmed() if confirmed else self._latest()).state
+
+    async def confirmed_head(self) -> ChainHead:
+        block = self._confirmed()
+        return ChainHead(block.number, block.hash, block.state.timestamp)
+
+    def sender(self, action: str) -> Address:
+        """Raises: NoWallet."""
+        return self._signer(action).address
+
+    async def transact(self, action: str, run: Callable[[contracts.State], object]) -> Mined:
+        """Send a transaction of another contract's. Raises: ChainUnavailable, ChainError."""
+        return await self._send(action, run)
+
     # ---------------------------------------------------------------------------------------------------- inside
 
     def _is_down(self) -> bool:

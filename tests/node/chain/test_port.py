@@ -241,7 +241,9 @@ async def test_stake_leaves_after_the_unbonding_delay_and_no_sooner(lab: ChainLa
     node, keys = await lab.node(wallet), [session(1), session(2)]
     await node.register_provider(keys[0].secret, Wei(300 * WEI_PER_TALLY))
     await node.register_provider(keys[1].secret, Wei(300 * WEI_PER_TALLY))
-    assert [await node.key_holder(key.address) for key in keys] == [wallet.address] * 2, "a retired key is still its own"
+    assert [await node.key_holder(key.address) for key in keys] == [wallet.address] * 2, (
+        "a retired key is still its own"
+    )
     assert await node.key_holder(session(3).address) is None
     before = await node.token_balance(wallet.address)
     for amount, name in ((0, "ZeroAmount"), (301, "InsufficientStake"), (250, "StakeBelowMinimum")):
