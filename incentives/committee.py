@@ -62,22 +62,19 @@ class NotEnoughValidators(TallyError):
 def draw_committee(
     beacon: Digest, round_: int, eligible: Sequence[Address], size: int, before: Iterable[Address] = ()
 ) -> tuple[Address, ...]:
-    """The members of a round: a partial Fisher-Yates shuffle, member i by keccak256(abi.encode(beacon, round, i)).
+    """The members of a round: those that rank lowest by keccak256(abi.encode(beacon, round, validator)), lowest first.
 
-    `eligible`: enlisted validators that may judge the case, in the Court's order. `before`: members of earlier rounds,
+    A rank depends on nobody else: who joins or leaves after the beacon is known moves nobody's place.
+    `eligible`: validators enlisted before the beacon that may judge the case. `before`: members of earlier rounds,
     left out when enough others remain. All of them when there are fewer than `size`. Raises: NotEnoughValidators.
     """
+    if len(eligible) < MIN_COMMITTEE:
+        raise NotEnoughValidators(len(eligible))
     seated = frozenset(before)
     fresh = [validator for validator in eligible if validator not in seated]
-    pool = fresh if len(fresh) >= size else list(eligible)
-    if len(pool) < MIN_COMMITTEE:
-        raise NotEnoughValidators(len(pool))
-    count = min(size, len(pool))
-    for index in range(count):
-        word = keccak(beacon + round_.to_bytes(32, "big") + index.to_bytes(32, "big"))
-        other = index + int.from_bytes(word, "big") % (len(pool) - index)
-        pool[index], pool[other] = pool[other], pool[index]
-    return tuple(pool[:count])
+    pool = fresh if len(fresh) >= size else eligible
+    packed = beacon + round_.to_bytes(32, "big")
+    return tuple(sorted(pool, key=lambda validator: keccak(packed + validator.rjust(32, b"\0")))[:size])
 
 
 def quorum(size: int) -> int:
@@ -121,7 +118,10 @@ class Decision:
 
 
 def decide(size: int, votes: Sequence[Vote], is_last: bool, evidence: Evidence, flag_ppm: int) -> Decision:
-    """The end of a round of `size` seats. `evidence`: the provider's before this case. Raises: FieldOutOfRange."""
+    """The end of a round of `size` seats. `votes`: the revealed ones that count.
+
+    `is_last`: no further committee can be seated. `evidence`: the provider's before this case. Raises: FieldOutOfRange.
+    """
     counts = Counter(vote.outcome for vote in votes)
     found = next((AuditOutcome(outcome) for outcome, count in counts.items() if count >= quorum(size)), None)
     if found is None:
@@ -146,12 +146,12 @@ def decide(size: int, votes: Sequence[Vote], is_last: bool, evidence: Evidence, 
 def credits_of(decision: Decision, votes: Sequence[Vote]) -> dict[Address, int]:
     """Tokens credited per member of the deciding round: who agreed with the quorum and measured what it measured.
 
-    At least 1 each: documents were looked at even where no token was.
+    The median's tokens each, at least 1: documents were looked at even where no token was.
     """
     if decision.found is None or decision.state is CaseState.SUBMIT:
         return {}
     return {
-        vote.validator: max(1, vote.tokens)
+        vote.validator: max(1, decision.tokens)
         for vote in votes
         if vote.outcome == decision.found and gaps_match(vote.gaps, decision.gaps)
     }
