@@ -133,6 +133,7 @@ class ProviderConfig:
     drain: int
     region: str
     retention_hours: int
+    appeal: bool
     upstream: str
     upstream_model: str
     upstream_key_file: Path | None
@@ -145,6 +146,7 @@ class ClientConfig:
     """What is bought. `max_price`: most wei one job may cost. `deposit`: wei put into a new channel.
 
     `max_total`: most wei the session key may ever promise, 0 for no cap. `stall`: s of silence taken for a stall.
+    `keep_content`: prompts and transcripts stay for `retention_hours`, so that a job can be audited afterwards.
     """
 
     max_price: Wei
@@ -153,6 +155,8 @@ class ClientConfig:
     gateway_host: str
     gateway_port: int
     deposit: Wei
+    keep_content: bool
+    retention_hours: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +316,8 @@ KEYS: Final = (
     Key("provider.settle_dust", tally, "0.0001", "TALLY below which a channel waits, unless its payer's exit is near"),
     Key("provider.drain", duration, "30s", "time that running jobs get to end when the node stops"),
     Key("provider.region", text, "", "where the machine stands, as told in the offer"),
-    Key("provider.retention_hours", count(0, 24 * 366), 0, "hours that content may be kept, as told in the offer"),
+    Key("provider.retention_hours", count(0, 24 * 366), 0, "hours that content is kept beyond what audits need"),
+    Key("provider.appeal", yes_no, True, "put up the bond against a verdict of guilty that no planted error explains"),
     Key("provider.upstream", optional_url, "", "OpenAI-compatible server to serve through; empty: compute here"),
     Key("provider.upstream_model", text, "", "the model as that server names it; empty when it has one only"),
     Key("provider.upstream_key_file", optional_path, None, "file whose first line is that server's API key"),
@@ -324,6 +329,8 @@ KEYS: Final = (
     Key("client.gateway_host", text, "127.0.0.1", "address of the OpenAI-compatible gateway"),
     Key("client.gateway_port", port, 8411, "TCP port of the gateway; 0 takes a free one"),
     Key("client.deposit", tally, "1", "TALLY put into the escrow channel with a new provider"),
+    Key("client.keep_content", yes_no, True, "keep prompts and transcripts, sealed, so that a job can be audited"),
+    Key("client.retention_hours", count(0, 24 * 366), 168, "hours they are kept before their keys are destroyed"),
     Key("exchange.enabled", yes_no, False, "send jobs to a platform outside where that is cheaper, or nobody else is"),
     Key("exchange.url", optional_url, "", "base URL of that platform, such as https://openrouter.ai/api/v1"),
     Key("exchange.key_file", optional_path, None, "file whose first line is the API key there"),

@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from incentives.channel import (
     ActionRelease,
@@ -22,7 +23,8 @@ from incentives.channel import (
     SendVoucher,
     apply,
 )
-from incentives.ledger import ChannelKey, ReceiptVouched, Role
+from incentives.exposure import unsettled_cap
+from incentives.ledger import ChannelKey, ReceiptVouched, Record, Role
 from node.ports import Chain, ChainError, ChainUnavailable, InsufficientFunds, NoProvider, Store
 from node.whole import whole
 from protocol.eip712 import Domain
@@ -32,6 +34,10 @@ from protocol.signing import Signer
 from protocol.units import MAX_AMOUNT, Address, Digest, JobId, Wei
 
 log = logging.getLogger("tally.client.accounts")
+
+
+STAKE_MEMORY_S: Final = 60.0
+"""How long a provider's stake is believed. Unit: s. Unbonding takes days, so only a slash can lower it sooner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,7 @@ class Accounts:
         self._channels: dict[Address, Channel] = {}
         self._locks: dict[Address, asyncio.Lock] = {}  # held while a record is written and then applied
         self._funding: dict[Address, asyncio.Task[None]] = {}
+        self._stakes: dict[Address, tuple[Wei, float]] = {}  # and when they were read, monotonic
         self._ahead: dict[Address, int] = {}  # what a channel will have come to once the voucher being written counts
 
     @property
@@ -120,6 +127,45 @@ class Accounts:
                 " holder assigns it with `tally reservation assign`"
             )
         return found.provider
+
+    # ------------------------------------------------------------------------------------------------------ exposure
+
+    async def too_exposed(self, provider: Address, worst: Wei, now: float) -> str | None:
+        """Why a job that may cost `worst` wei would put more before this provider than its stake is worth, or None.
+
+        What was vouched for and not settled is what it could cheat for before a verdict. `now`: monotonic seconds.
+        With the chain away the stake known last counts, and nothing is held against one never seen.
+        """
+        stake = await self._stake_of(provider, now)
+        if stake is None:
+            return None
+        cap = unsettled_cap(stake)
+        if self._exposure(provider) + worst > cap and self._exposure(provider):
+            with contextlib.suppress(ChainError):
+                await self._refresh(provider)  # it may have settled since we last looked
+        open_now = self._exposure(provider)
+        if open_now + worst <= cap:
+            return None
+        return (
+            f"its stake of {stake} wei covers {cap} wei of unsettled work, {open_now} are open and the job may cost"
+            f" {worst}"
+        )
+
+    def _exposure(self, provider: Address) -> int:
+        channel = self.channel(provider)
+        return max(0, max(channel.vouched, self._may_come_to(provider)) - channel.claimed)
+
+    async def _stake_of(self, provider: Address, now: float) -> Wei | None:
+        """What it has staked, believed for STAKE_MEMORY_S."""
+        known = self._stakes.get(provider)
+        if known is None or now - known[1] > STAKE_MEMORY_S:
+            try:
+                record = await self._chain.provider(provider)
+            except ChainError as exc:
+                log.debug("the stake of 0x%s could not be read: %s", provider.hex(), exc)
+            else:
+                known = self._stakes[provider] = (Wei(0) if record is None else record.stake, now)
+        return None if known is None else known[0]
 
     # ------------------------------------------------------------------------------------------------------- the cap
 
@@ -206,9 +252,11 @@ class Accounts:
         receipt_digest: Digest,
         receipt_signature: bytes,
         token_ids: tuple[int, ...],
+        beside: tuple[Record, ...] = (),
     ) -> tuple[Voucher, bytes]:
         """Promise a checked receipt, which moved its job from `before` wei: journal, then sign.
 
+        `beside`: what else goes into the journal in the same write.
         Raises: Overspend when the channel does not hold it, InsufficientFunds when it would pass the cap, StoreError;
         then nothing was promised.
         """
@@ -217,12 +265,17 @@ class Accounts:
                 provider,
                 ActionVouch(job_id, before, Wei(receipt.total)),
                 lambda made: ReceiptVouched(receipt_digest, receipt, receipt_signature, made, token_ids),
+                beside,
             )
         )
         return voucher, self.session.sign(self.domain, voucher)
 
     async def _promise(
-        self, provider: Address, change: ActionVouch, record: Callable[[Voucher], ReceiptVouched]
+        self,
+        provider: Address,
+        change: ActionVouch,
+        record: Callable[[Voucher], ReceiptVouched],
+        beside: tuple[Record, ...],
     ) -> Voucher:
         """Journal the voucher for `change`, then count it. Raises: Overspend, InsufficientFunds, StoreError."""
         async with self._lock(provider):
@@ -235,7 +288,7 @@ class Accounts:
             self._ahead[provider] = comes_to
             try:
                 # SPEC 4.5: The client writes a checked receipt and the voucher's amount to disk and syncs
-                await self._store.write(record(voucher))
+                await self._store.write(record(voucher), *beside)
                 # applied anew: jobs may have been released or reserved for while the journal was written
                 self._channels[provider] = apply(self.channel(provider), change).state
             finally:

@@ -17,7 +17,7 @@ from typing import Final
 
 from msgspec import structs
 
-from incentives.ledger import AckSigned, JobClosed, JobOpened, Role
+from incentives.ledger import AckSigned, JobClosed, JobOpened, OutputKept, PromptKept, Role
 from incentives.prefixes import Prefixes
 from node.client.accounts import Accounts
 from node.client.vectors import check_vector
@@ -101,7 +101,8 @@ class Parent:
 class Tools:
     """What every attempt needs; the same for all jobs of a client. `stall_s`: silence taken for a stall.
 
-    `kept`: hashes of the tariffs known to be in the journal.
+    `kept`: hashes of the tariffs known to be in the journal. `keeps_content`: prompts and transcripts stay there too,
+    sealed, so that a job can be audited; private ones never do.
     """
 
     accounts: Accounts
@@ -111,6 +112,7 @@ class Tools:
     stall_s: float
     prefixes: Prefixes
     kept: set[Digest] = field(default_factory=set)
+    keeps_content: bool = True
 
 
 class Attempt:
@@ -136,6 +138,7 @@ class Attempt:
         self.provider = Address(offer.offer.provider)
         self.queue_ms = 0
         self.tokens: list[int] = []
+        self._vectors: list[bytes] = []
         self.acked = 0
         self.seed = ZERO_DIGEST
         self.final: WorkReceipt | None = None
@@ -205,13 +208,27 @@ class Attempt:
             job_id, request, options, self.offer.tariff, self._card.profile, accept, heads, self._accepted_seen
         )
         opened = JobOpened(Role.CLIENT, job_id, request, signature, accept, accept_signature, self._spec.model, encoded)
-        self._opening = asyncio.create_task(self._open(opened))
+        kept = (PromptKept(Role.CLIENT, job_id, salt, prompt),) if self._keeps else ()
+        self._opening = asyncio.create_task(self._open(opened, *kept))
         return job_id
 
-    async def _open(self, opened: JobOpened) -> None:
+    async def _open(self, opened: JobOpened, *kept: PromptKept) -> None:
         """Journal the agreed job, while the provider reads the prompt. Raises: StoreError."""
         await self._keep_terms()
-        await self._tools.store.write(opened)
+        await self._tools.store.write(opened, *kept)
+
+    @property
+    def _keeps(self) -> bool:
+        return self._tools.keeps_content and not self._spec.private
+
+    def _kept(self, step: int) -> tuple[OutputKept, ...]:
+        """What receipt `step` is over, to be written with its voucher: the leaf under way, or the vectors."""
+        assert self._work is not None
+        if not self._keeps:
+            return ()
+        leaf = (Leaf.of(self._work.pending).to_bytes(),) if self._work.pending else ()
+        content = tuple(self._vectors) or leaf
+        return (OutputKept(Role.CLIENT, self.job_id, step, content),) if content else ()
 
     async def _opened(self) -> None:
         """Until the job is on disk, as it is before anything is signed for it. Raises: StoreError."""
@@ -385,6 +402,8 @@ class Attempt:
         check_vector(batch.vector, self._dimensions)
         self._work = self._work.take_vector(batch.index, batch.vector, self.talk.received_at)
         self._dimensions = len(batch.vector) // 4
+        if self._keeps:
+            self._vectors.append(batch.vector)
         return JobVectors((batch.vector,))
 
     async def _check(self, receipt: WorkReceipt, signature: bytes, *, final: bool) -> Digest:
@@ -455,10 +474,11 @@ class Attempt:
     async def _vouch(self, receipt: WorkReceipt, signature: bytes, *, final: bool) -> tuple[VoucherFrame, Digest]:
         await self._opened()
         before = self.total
+        kept = self._kept(receipt.step)  # of the account before the receipt closes its leaf
         receipt_digest = await self._check(receipt, signature, final=final)
         fresh = tuple(self.tokens[self.acked :])
         voucher, voucher_signature = await self._tools.accounts.vouch(
-            self.provider, self.job_id, before, receipt, receipt_digest, signature, fresh
+            self.provider, self.job_id, before, receipt, receipt_digest, signature, fresh, kept
         )
         self.acked = len(self.tokens)
         self._paid = Wei(receipt.total)

@@ -20,7 +20,8 @@ from typing import Final
 
 from incentives.ledger import JobClosed, Role
 from incentives.prefixes import Prefixes
-from incentives.selection import MAX_QUOTES, Candidate, Needs, rank, rule_out
+from incentives.selection import MAX_QUOTES, Candidate, Needs, basis_for, rank, rule_out
+from node.background import Background
 from node.client.accounts import Accounts
 from node.client.attempt import Attempt, Parent, Tools
 from node.client.catalogue import Catalogue
@@ -46,10 +47,12 @@ from node.ports import (
     Transport,
     TransportError,
 )
+from node.shredding import Shredder
 from protocol.errors import Overspend, Refused, RemoteProtocolError, TallyError
 from protocol.frames import JOB_PROTOCOL, RefusalCode
 from protocol.messages import WorkReceipt
 from protocol.offers import CheckedOffer
+from protocol.tariff import worst_case_up
 from protocol.units import MAX_AMOUNT, ZERO_DIGEST, Address, Digest, FinishReason, JobId, Tier, Verifiability, Wei
 
 log = logging.getLogger("tally.client")
@@ -68,10 +71,15 @@ MAX_ATTEMPTS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """`ceiling`: most wei per job where the caller names none. `stall_s`: silence taken for a stalled provider."""
+    """`ceiling`: most wei per job where the caller names none. `stall_s`: silence taken for a stalled provider.
+
+    `keep_content`: prompts and transcripts stay in the journal, sealed, for `retention_hours`.
+    """
 
     ceiling: Wei
     stall_s: float = 60.0
+    keep_content: bool = True
+    retention_hours: int = 168
 
 
 @dataclass(slots=True)
@@ -125,7 +133,12 @@ class Router:
         self._directory = directory
         self._clock = clock
         self._entropy = entropy
-        self._tools = Tools(accounts, store, clock, entropy, settings.stall_s, Prefixes())
+        self._tools = Tools(
+            accounts, store, clock, entropy, settings.stall_s, Prefixes(), keeps_content=settings.keep_content
+        )
+        self.shredder = Shredder(Role.CLIENT, settings.retention_hours, store, clock)
+        self.background = Background(clock)
+        self._shredding: asyncio.Task[None] | None = None
         self._catalogue = Catalogue(transport, directory)
         self._penalties: dict[Address, tuple[int, float]] = {}  # failures, and when the last one was
         self._winding_down: set[asyncio.Task[None]] = set()
@@ -138,9 +151,13 @@ class Router:
         for job in await self._store.jobs(Role.CLIENT, open_only=True):
             detail = "the client stopped while it was running; what was vouched for stands"
             await self._store.write(JobClosed(Role.CLIENT, job.job_id, FinishReason.ERROR, job.owed, detail))
+        self._shredding = self.background.start("shredding", self.shredder.run, "content is kept until it can be")
 
     async def stop(self) -> None:
         """Let cancelled jobs get their final receipts. Never raises."""
+        if self._shredding is not None:
+            self._shredding.cancel()
+            await asyncio.gather(self._shredding, return_exceptions=True)
         if self._winding_down:
             await asyncio.wait(set(self._winding_down), timeout=CANCEL_TIMEOUT_S + 1)
 
@@ -316,9 +333,11 @@ class Router:
         }
         candidates = [Candidate(checked.offer, checked.tariff) for checked in offers.values()]
         salt = self._entropy.token(8)
-        fit = rank(candidates, needs, salt, now, self._failures())[:MAX_QUOTES]
+        ranked = rank(candidates, needs, salt, now, self._failures())
+        fit, exposed = await self._within_stake(ranked, needs)
         if not fit:
             reasons = {rule_out(candidate, needs, now) or "it already failed this job" for candidate in candidates}
+            reasons = (reasons - {"it already failed this job"} | exposed) if exposed else reasons
             raise NoProvider(f"no provider can take this job: {'; '.join(sorted(reasons)) or 'all were tried'}")
         asked = await self._ask_all([offers[Address(c.offer.provider)] for c in fit], card, progress, ceiling)
         quoted = {attempt.provider: attempt for attempt in asked}
@@ -330,6 +349,23 @@ class Router:
         if not waits:
             raise NoProvider(f"none of the {len(fit)} providers that offer {spec.model!r} answered; try again shortly")
         return [quoted[Address(c.offer.provider)] for c in rank(waits, needs, salt, now, self._failures())]
+
+    async def _within_stake(self, ranked: list[Candidate], needs: Needs) -> tuple[list[Candidate], set[str]]:
+        """The best that may be asked, and why others may not: too much unsettled work stands before their stake."""
+        fit: list[Candidate] = []
+        exposed: set[str] = set()
+        for candidate in ranked:
+            if len(fit) == MAX_QUOTES:
+                break
+            basis = basis_for(candidate.offer, candidate.tariff, needs)
+            worst = worst_case_up(candidate.tariff, needs.prompt_tokens, needs.max_tokens, basis)
+            provider = Address(candidate.offer.provider)
+            reason = await self._accounts.too_exposed(provider, worst, self._clock.monotonic())
+            if reason is None:
+                fit.append(candidate)
+            else:
+                exposed.add(reason)
+        return fit, exposed
 
     async def _ask_all(
         self, offers: list[CheckedOffer], card: ModelCard, progress: _Progress, ceiling: Wei
