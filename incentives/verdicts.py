@@ -70,7 +70,7 @@ def scaled_up(value: float, scale: int) -> int:
     """value * scale in whole units, rounded up, from 0 to BEYOND; BEYOND for what is no number."""
     if not value * scale < BEYOND:
         return BEYOND
-    return max(0, math.ceil(value * scale))
+    return math.ceil(max(0, value * scale))
 
 
 def judge_output(
