@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from node.engine.decoder import Decoder
 from node.engine.spec import weight_files
+from node.engine.thresholds import CALIBRATION_FILE
 from node.engine.weights import Gated, Linear, Weights
 
 _LAYER: Final = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
@@ -96,7 +97,8 @@ def _copy(
                 tensors[made[0]] = made[1].contiguous()
     save_file(tensors, target / "model.safetensors")
     for path in model_dir.iterdir():
-        if path.is_file() and path not in weights and path.suffix in (".json", ".jinja") and "index" not in path.name:
+        beside = path.is_file() and path not in weights and path.suffix in (".json", ".jinja")
+        if beside and "index" not in path.name and path.name != CALIBRATION_FILE:  # that is of the true weights
             shutil.copy(path, target / path.name)
     (target / "config.json").write_text(json.dumps({**_config(model_dir), **changes}))
     return target
