@@ -335,6 +335,7 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
             SettlePolicy(wanted.settle_interval, wanted.settle_value, wanted.settle_dust),
             wanted.stake,
             float(wanted.drain),
+            wanted.appeal,
         )
         provider = Provider(settings, node_key, engine, card, store, chain, transport, directory, clock, entropy)
         await transport.start()
@@ -379,7 +380,8 @@ async def client_app(config: NodeConfig) -> AsyncIterator[ClientApp]:
         directory.start_serving()
         limits = SpendingLimits(config.client.deposit, config.client.max_total)
         accounts = Accounts(session, wallet.address, limits, store, chain)
-        settings = ClientSettings(config.client.max_price, float(config.client.stall))
+        bought = config.client
+        settings = ClientSettings(bought.max_price, float(bought.stall), bought.keep_content, bought.retention_hours)
         router = Router(settings, accounts, store, transport, directory, clock, entropy)
         await router.start()
         await transport.start()

@@ -12,7 +12,7 @@ from typing import Final
 from incentives.committee import GUILTY
 from incentives.ledger import CommitmentMade
 from node.ports import CaseRecord, CaseState, Chain, ChainError, ChainUnavailable, Clock, Court, Store
-from protocol.units import Digest
+from protocol.units import AuditOutcome, Digest
 
 log = logging.getLogger("tally.provider.cases")
 
@@ -89,7 +89,9 @@ class Cases:
     async def _defend(self, made: CommitmentMade, case: CaseRecord) -> bool:
         """Show that the error was forced, or appeal; whether that is done. Raises: ChainUnavailable."""
         try:
-            if any(made.decoy) and (secret := await self._secret_before(made)) is not None:
+            secret = await self._secret_before(made) if any(made.decoy) else None
+            # documents and delivery are due of a planted error too, so only improbable tokens are excused by it
+            if secret is not None and case.outcome is AuditOutcome.IMPROBABLE:
                 await self._court.answer(made.key, secret)
                 log.info("case 0x%s: the error was planted because it was due; answered", made.key.hex())
             else:
