@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 
 from incentives.audit_draw import is_drawn
 from incentives.ledger import Role
+from node.crashpoints import crash_point, declare
 from node.ports import Chain, ChainError, ChainUnavailable, Court, Entropy, JobRow, Store, Stream, StreamEnded
 from protocol import frames
 from protocol.dossier import Dossier, SealedDossiers, encode, unpack_entries
@@ -46,6 +47,9 @@ MAX_STREAMS_PER_PEER: Final = 4
 
 MAX_ASKS: Final = 4_096
 """Dossiers asked for on one stream. Beyond it the peer opens another; it bounds what one stream can cost us."""
+
+DOSSIER_READ: Final = declare("provider.dossier.read")
+"""A dossier that a member asked for is in memory; nothing of it was sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,7 @@ class Audits:
             except Refused as exc:
                 await self._refuse(stream, exc)
                 continue
+            crash_point(DOSSIER_READ)
             for chunk in sealer.seal(data):
                 await stream.send(frames.encode(chunk))
             self.dossiers += 1

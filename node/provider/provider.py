@@ -279,6 +279,7 @@ class Provider:
             "slots": stats.slots,
             "slots_active": stats.active,
             "queued": stats.queued,
+            "busy_s": round(stats.busy_s, 3),
             "channels": len(channels),
             "vouched_wei": str(sum(channel.vouched for channel in channels)),
             "unclaimed_wei": str(sum(max(0, channel.unclaimed) for channel in channels)),
