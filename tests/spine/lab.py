@@ -24,12 +24,16 @@ from protocol.eip712 import hash_struct
 from protocol.messages import Tariff
 from protocol.signing import Signer
 from protocol.units import BPS, WEI_PER_TALLY, Digest, Wei
+from tests.spine.dossiers import examine_all, faults_of
 from tests.twins.engine_twin import EOS, EngineTwin
 from tests.twins.memory_chain import MemoryChain
 from tests.twins.memory_ledger import MemoryLedgerChain
 from tests.twins.memory_store import MemoryStore
 
 MODEL = "twin-model"
+
+RETENTION_HOURS = 24 * 365
+"""Content stays for as long as any test's clock runs, so that what was served can be examined at its end."""
 
 
 class LabClock:
@@ -93,6 +97,8 @@ class Seller:
     transport: MemoryTransport
     wallet: Signer
     node_key: Signer
+    cheats: bool = False
+    """What it served would not stand an audit, and its test means it so."""
 
     @property
     def peer(self) -> PeerAddress:
@@ -111,7 +117,10 @@ class Buyer:
 
 @dataclass
 class Market:
-    """`async with Market() as market`; everything made in it is stopped when it is left."""
+    """`async with Market() as market`; everything made in it is stopped when it is left.
+
+    Then every job that an honest seller receipted has to stand an audit of its documents: whatever a test is about.
+    """
 
     world: MemoryLedgerChain = field(
         default_factory=lambda: MemoryLedgerChain(epoch_seconds=0, timestamp=int(time.time()) - 5)
@@ -127,6 +136,18 @@ class Market:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.stack.aclose()
+        if exc[0] is None:
+            await self.examine_honest()
+
+    async def examine_honest(self) -> None:
+        """Raises: Forged when an honest seller would be condemned for a job; AssertionError for an objective fault."""
+        for seller in self.sellers:
+            if seller.cheats or not isinstance(seller.store, MemoryStore):
+                continue
+            alike = [other.node_key.address for other in self.sellers if other.wallet.address == seller.wallet.address]
+            await examine_all(seller.store, seller.chain, seller.wallet.address, seller.node_key, tuple(alike))
+            found = await faults_of(seller.store, seller.chain)
+            assert not found, found
 
     async def seller(
         self,
@@ -155,7 +176,7 @@ class Market:
         card = card or ModelCard(model, hash_struct(served), served, b"{}", "", {}, (EOS,), engine.max_context)
         settings = ProviderSettings(
             prices(account.address, card.profile_id, **changes),
-            OfferTexts(model, "lab", 0, 2048),
+            OfferTexts(model, "lab", RETENTION_HOURS, 2048),
             policy or SettlePolicy(3600, Wei(WEI_PER_TALLY), Wei(1)),
             Wei(100 * WEI_PER_TALLY),
             1.0,

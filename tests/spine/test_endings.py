@@ -159,6 +159,7 @@ async def test_receipt_that_does_not_recompute_pays_nothing_more_and_keeps_evide
 ) -> None:
     async with Market() as market:
         seller, buyer = await market.seller(), await market.buyer()
+        seller.cheats = True
         honest = Work.receipt
 
         def greedy(self: Work, finish: FinishReason, finished_at: int, vouched: Wei) -> tuple[Work, WorkReceipt]:

@@ -64,7 +64,8 @@ async def test_end_for_a_reason_that_is_false_is_not_paid(
     reason: FinishReason, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with Market() as market:
-        _, buyer = await market.seller(), await market.buyer()
+        seller, buyer = await market.seller(), await market.buyer()
+        seller.cheats = True
 
         async def lie(self: Delivery) -> FinishReason:
             return reason

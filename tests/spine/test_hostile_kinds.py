@@ -90,7 +90,8 @@ async def test_a_vector_that_is_no_unit_vector_of_the_first_ones_size_is_neither
     vector: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with Market() as market:
-        _, buyer = await market.seller(), await market.buyer()
+        seller, buyer = await market.seller(), await market.buyer()
+        seller.cheats = True
         honest = EngineTwin.vector
 
         def lie(self: EngineTwin, token_ids: Any, size: int = 16) -> bytes:
