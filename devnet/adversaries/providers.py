@@ -35,7 +35,7 @@ EXTRA_TOKENS: Final = 8
 SURCHARGE_BPS: Final = 100
 """What `overcharge` adds to the tariff's price. Unit: basis points of the total."""
 
-VICTIM: Final = "TALLY_SQUAT_ON"
+VICTIM: Final = "SQUAT_ON"
 """Environment variable: the wallet (hex) in whose name `squatter` offers; without it, one that nobody owns."""
 
 
