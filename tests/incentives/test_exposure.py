@@ -31,14 +31,17 @@ def test_cap_and_stake_are_each_others_inverse(stake: int, phi: int) -> None:
 
 @pytest.mark.parametrize(
     ("gain", "rate", "detection", "jobs", "units"),
-    [(1, 200, 10_000, 20, 210), (1, 200, 5_000, 20, 360), (1, 10_000, 10_000, 20, 63), (1, 200, 10_000, 200, 750)],
-)
+    [
+        (100, 200, 10_000, 20, 21_000), (100, 200, 5_797, 20, 31_876), (100, 200, 2_466, 20, 66_828),
+        (100, 200, 10_000, 600, 195_000), (100, 200, 2_466, 600, 240_828), (100, 10_000, 10_000, 20, 6_300),
+    ],
+)  # fmt: skip
 def test_the_worked_table_of_the_readme(gain: int, rate: int, detection: int, jobs: int, units: int) -> None:
     assert needed_stake(Wei(gain), rate, detection, jobs) == units and PHI_BPS == 30_000
 
 
 def test_a_cheat_loses_in_the_mean_and_nearly_always() -> None:
-    """20,000 cheats at q = 2 %, d = 80 %, D = 20: with the formula's stake fewer than 6 in 100 come out ahead."""
+    """20,000 cheats at q = 2 %, d = 80 %, D = 20: with the formula's stake at most exp(-phi) come out ahead."""
     chance, gain, jobs = random.Random(1), 1_000, 20
     stake = needed_stake(Wei(gain), 200, 8_000, jobs)
     won = []
@@ -48,7 +51,7 @@ def test_a_cheat_loses_in_the_mean_and_nearly_always() -> None:
             served += 1
         won.append(gain * (served + jobs))
     assert sum(won) / len(won) == pytest.approx(stake / 3, rel=0.03)
-    assert sum(total > stake for total in won) < 0.06 * len(won)
+    assert sum(total > stake for total in won) <= 0.05 * len(won)
 
 
 @pytest.mark.parametrize(
