@@ -6,7 +6,6 @@ What it must not forget is in the journal: its verdicts, and the block from whic
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Final
@@ -148,9 +147,19 @@ class Validator:
         while True:
             self._woken.clear()
             await self.look()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.poll_s):
-                    await self._woken.wait()
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Until the next look is due, or a case can go on at once."""
+        waits = [
+            asyncio.ensure_future(self._clock.sleep(self._settings.poll_s)),
+            asyncio.ensure_future(self._woken.wait()),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     async def look(self) -> None:
         """One look: new commitments, and a step in every open case. Raises: ChainError, StoreError."""

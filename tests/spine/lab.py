@@ -27,6 +27,7 @@ from protocol.units import BPS, WEI_PER_TALLY, Digest, Wei
 from tests.spine.dossiers import examine_all, faults_of
 from tests.twins.engine_twin import EOS, EngineTwin
 from tests.twins.memory_chain import MemoryChain
+from tests.twins.memory_court import CourtWorld, MemoryCourt
 from tests.twins.memory_ledger import MemoryLedgerChain
 from tests.twins.memory_store import MemoryStore
 
@@ -37,24 +38,28 @@ RETENTION_HOURS = 24 * 365
 
 
 class LabClock:
-    """The machine's clock, ahead by however long `jump` was asked for."""
+    """The machine's clock, ahead by however long `jump` was asked for, and `speed` times as fast from its making on."""
 
-    def __init__(self) -> None:
+    def __init__(self, speed: float = 1.0) -> None:
         self.ahead_s = 0.0
+        self._speed, self._born, self._born_monotonic = speed, time.time(), time.monotonic()
         self.jumper: asyncio.Task[object] | None = None  # whose sleeping moves the clock instead of waiting
 
     def now_ms(self) -> int:
-        return int((time.time() + self.ahead_s) * 1000)
+        return int((self._born + self._faster(time.time() - self._born)) * 1000)
 
     def monotonic(self) -> float:
-        return time.monotonic() + self.ahead_s
+        return self._born_monotonic + self._faster(time.monotonic() - self._born_monotonic)
+
+    def _faster(self, elapsed_s: float) -> float:
+        return elapsed_s * self._speed + self.ahead_s
 
     async def sleep(self, seconds: float) -> None:
         if self.jumper is not None and asyncio.current_task() is self.jumper:
             self.ahead_s += seconds
             await asyncio.sleep(0)
         else:
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(seconds / self._speed)
 
 
 class SystemEntropy:
@@ -127,6 +132,7 @@ class Market:
     )
     network: MemoryNetwork = field(default_factory=MemoryNetwork)
     clock: LabClock = field(default_factory=LabClock)
+    court: CourtWorld | None = None  # over `world`; without one nothing is committed to
     sellers: list[Seller] = field(default_factory=list)
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
@@ -183,7 +189,17 @@ class Market:
         )
         await transport.start()
         provider = Provider(
-            settings, node_key, engine, card, store, chain, transport, directory, self.clock, SystemEntropy()
+            settings,
+            node_key,
+            engine,
+            card,
+            store,
+            chain,
+            transport,
+            directory,
+            self.clock,
+            SystemEntropy(),
+            None if self.court is None else MemoryCourt(self.court, chain),
         )
         self.clock.jumper = asyncio.current_task()
         try:
