@@ -75,9 +75,9 @@ class ForgettingCache(Work):
 
     __slots__ = ()
 
-    def hit(self, cached_tokens: int, *, kept: bool) -> Work:
+    def hit(self, _: int, *, kept: bool) -> Work:
         """As the base, never cached."""
-        return super().hit(0 * cached_tokens, kept=kept)
+        return super().hit(0, kept=kept)
 
 
 class Equivocating(Delivery):

@@ -43,6 +43,9 @@ from protocol.units import AuditOutcome
 
 GAS_SNAPSHOT: Final = Path(__file__).parents[2] / "contracts" / "gas-snapshot.json"
 
+VERDICT_STEPS: Final = ("commit", "draw", "submit", "reveal", "conclude", "execute", "answer", "appeal", "prove")
+"""Calls of the Court, as they are named in the gas snapshot."""
+
 HONEST: Final = (
     "batch 1",
     "batch 8",
@@ -256,11 +259,9 @@ async def _dtype(plan: Plan, dtype: str, say: Say) -> dict[str, Any]:
 
 
 def gas() -> dict[str, int]:
-    """Gas of what one verdict takes, as contracts/gas-snapshot.json has it."""
-    if not GAS_SNAPSHOT.exists():
-        return {}
-    found = json.loads(GAS_SNAPSHOT.read_text())
-    return {name: int(used) for name, used in found.items() if isinstance(used, int | str) and str(used).isdigit()}
+    """Gas of what a verdict takes, step by step, as contracts/gas-snapshot.json has it."""
+    found: dict[str, int] = json.loads(GAS_SNAPSHOT.read_text())
+    return {name: used for name, used in found.items() if any(step in name.lower() for step in VERDICT_STEPS)}
 
 
 async def _cpu(plan: Plan, say: Say) -> dict[str, Any]:

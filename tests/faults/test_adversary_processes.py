@@ -121,3 +121,22 @@ async def test_who_offers_in_another_name_is_bought_from_by_nobody(tmp_path: Pat
             assert cluster.wallets[0].address.hex() in reply.provider.lower()
         log = cluster.gateway.log_file.read_text()
         assert squatted[2:] not in log or "not registered" in log
+
+
+async def test_who_is_late_and_silent_loses_the_job_and_is_paid_for_nothing(tmp_path: Path) -> None:
+    options = ClusterOptions(
+        tmp_path / "market",
+        providers=2,
+        client_config={"stall": "2s"},
+        each_config=({"completion_price": "1"}, {"completion_price": "3"}),
+        adversaries={"provider-1": "late-and-silent"},
+    )
+    async with Cluster(options) as cluster:
+        reply, failure = await ask(cluster.gateway)
+        assert not failure and reply.usage["completion_tokens"] == TOKENS
+        assert cluster.wallets[1].address.hex() in reply.provider.lower()
+        for node in (cluster.gateway, *cluster.providers):
+            await node.stop()
+        assert not any(paid for _, paid in (await delivered(cluster.providers[0].home)).values())
+        (served,) = (await delivered(cluster.providers[1].home)).values()
+        assert 0 < served[0] == served[1] <= TOKENS
