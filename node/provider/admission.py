@@ -73,8 +73,9 @@ def check_request(domain: Domain, terms: Terms, frame: Request, nonce: bytes, no
     if request.profile_id != terms.profile_id:
         raise Refused(RefusalCode.UNKNOWN_MODEL, "this provider does not serve that profile")
     tariff = terms.tariffs.get(request.tariff_hash)
-    if tariff is None or not tariff.valid_from <= now_ms // 1000 < tariff.valid_until:
+    if tariff is None:
         raise Refused(RefusalCode.TARIFF, "the tariff named is not in force here; ask for the current offer")
+    check_tariff_now(tariff, now_ms)
     options = _options(frame, request)
     _check_price(terms, tariff, request)
     _check_sizes(terms, frame, request, options)
@@ -86,6 +87,13 @@ def check_request(domain: Domain, terms: Terms, frame: Request, nonce: bytes, no
         raise Refused(RefusalCode.CEILING, f"the job may cost {worst} wei, its ceiling is {request.price_ceiling}")
     first = most_up(tariff, request, INCREMENT_TOKENS)
     return Admitted(job_id, request, options, frame.cache_salt, tariff, _seed(job_id, request, nonce), first)
+
+
+def check_tariff_now(tariff: Tariff, now_ms: int) -> None:
+    """Asked again at the very time that the acceptance states: reading a prompt takes a while, and a receipt under a
+    sheet that had ended by then would prove a fault. Raises: Refused."""
+    if not tariff.valid_from <= now_ms // 1000 < tariff.valid_until:
+        raise Refused(RefusalCode.TARIFF, "the tariff named is not in force here; ask for the current offer")
 
 
 def _options(frame: Request, request: JobRequest) -> JobOptions:

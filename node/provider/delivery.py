@@ -107,6 +107,7 @@ class Delivery:
         self._keeps = keeps
         self._cut_ms = cut_ms
         self._client = Address(work.request.client)
+        self._began = tools.clock.monotonic()
         self._rows: list[EngineToken] = []
         self._enough = 1  # tokens in the buffer that are worth waking `_deliver` for
         self._vectors: tuple[bytes, ...] = ()
@@ -268,7 +269,7 @@ class Delivery:
             if self._until_deadline() <= 0:
                 return self._out_of_time()
             if not self._rows:
-                continue  # the deadline came nearer while we waited, and went away again: the clock was set back
+                continue  # woken a little before the deadline
             await self._send_tokens()
             sent_at = self._tools.clock.monotonic()
             if not self._rows and self._engine_finish is not FinishReason.OPEN:
@@ -278,13 +279,14 @@ class Delivery:
 
     async def _deliver_vectors(self) -> FinishReason:
         """One frame a text. Raises: what ended the stream."""
-        await self._wait(self._until_deadline(), lambda: bool(self._vectors) or self._cancelled)
+        while not (self._vectors or self._cancelled) and self._until_deadline() > 0:
+            await self._wait(self._until_deadline(), lambda: bool(self._vectors) or self._cancelled)
         if self._cancelled:
             return FinishReason.CANCELLED
         if not self._vectors:
             return self._out_of_time()
         for index, vector in enumerate(self._vectors):
-            self._work = self._work.take_vector(index, vector, self._tools.clock.now_ms())
+            self._work = self._work.take_vector(index, vector, self._now_ms())
             await self._talk.send(Vectors(self._sealed.seal(encode_vector(VectorBatch(index, vector)))))
         return FinishReason.STOP
 
@@ -307,13 +309,23 @@ class Delivery:
         full = len(self._rows) >= self._work.room
         return full or self._engine_finish is not FinishReason.OPEN or self._cancelled
 
+    def _now_ms(self) -> int:
+        """The job's own clock, Unix ms: set at its acceptance, and running on evenly from there.
+
+        A machine's clock is set forward and back. Receipts that followed it could have a first token before the job,
+        an end before the first token, or a deadline that had not come: an audit would call each of them forged.
+        """
+        # SPEC 4.4: runs on evenly from there, whatever the machine's clock is set to
+        return self._work.received_at + int((self._tools.clock.monotonic() - self._began) * 1000)
+
     def _until_deadline(self) -> float:
-        return (min(self._work.request.deadline, self._cut_ms) - self._tools.clock.now_ms()) / 1000
+        until_cut = self._cut_ms - self._tools.clock.now_ms()  # by the clock that commitments are made by
+        return min(self._work.request.deadline - self._now_ms(), until_cut) / 1000
 
     def _out_of_time(self) -> FinishReason:
         """DEADLINE, when it is the client's. Raises: Refused when it is ours: the job's epoch must be committed to."""
         # SPEC 8.6: a job that is not over by then is aborted
-        if self._work.request.deadline <= self._cut_ms:
+        if self._work.request.deadline <= self._now_ms():
             return FinishReason.DEADLINE
         reason = (
             "the job ran longer than the epoch it belongs to can be committed to; what was vouched for stands, and "
@@ -352,7 +364,7 @@ class Delivery:
         self._space.set()
         start = self._work.completion_tokens
         rows = tuple(Row(t.token_id, t.logprob, t.projection, t.routing) for t in tokens)
-        self._work = self._work.take(rows, self._tools.clock.now_ms())
+        self._work = self._work.take(rows, self._now_ms())
         batch = TokenBatch(
             start,
             tuple(row.token_id for row in rows),
@@ -365,7 +377,7 @@ class Delivery:
 
     async def _issue(self, finish: FinishReason) -> tuple[WorkReceipt, bytes]:
         """Make the receipt, journal it, and only then sign it."""
-        finished_at = 0 if finish is FinishReason.OPEN else self._tools.clock.now_ms()
+        finished_at = 0 if finish is FinishReason.OPEN else self._now_ms()
         vouched = self._tools.books.channel(self._client).vouched
         content = self._content() if self._keeps else ()
         work, receipt = self._work.receipt(finish, finished_at, vouched)

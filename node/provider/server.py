@@ -14,7 +14,15 @@ from incentives.ledger import JobOpened, PromptKept, Role
 from incentives.prefixes import Prefixes
 from node.jobstream import JobStream
 from node.ports import Engine, EngineFull, Entropy, ModelCard, Stream, StreamEnded, TokenStream, Urgency
-from node.provider.admission import Admitted, Terms, check_prompt, check_request, engine_request, urgency_of
+from node.provider.admission import (
+    Admitted,
+    Terms,
+    check_prompt,
+    check_request,
+    check_tariff_now,
+    engine_request,
+    urgency_of,
+)
 from node.provider.delivery import Delivery, Tools
 from node.provider.epochs import Epochs
 from node.provider.offering import Offering
@@ -280,6 +288,7 @@ class JobServer:
             if admitted.request.kind != JobKind.EMBED:
                 tokens = await stack.enter_async_context(contextlib.aclosing(await self._submit(admitted, prompt)))
             now = tools.clock.now_ms()
+            check_tariff_now(admitted.tariff, now)
             self._epochs.check_open(now)
             self._accepted.accept(admitted.job_id, now)  # at once: from here on its epoch waits for it
             stack.callback(self._accepted.close, admitted.job_id)

@@ -42,11 +42,12 @@ class LabClock:
 
     def __init__(self, speed: float = 1.0) -> None:
         self.ahead_s = 0.0
+        self.wrong_s = 0.0  # what somebody set the time of day off by; durations do not notice
         self._speed, self._born, self._born_monotonic = speed, time.time(), time.monotonic()
         self.jumper: asyncio.Task[object] | None = None  # whose sleeping moves the clock instead of waiting
 
     def now_ms(self) -> int:
-        return int((self._born + self._faster(time.time() - self._born)) * 1000)
+        return int((self._born + self._faster(time.time() - self._born) + self.wrong_s) * 1000)
 
     def monotonic(self) -> float:
         return self._born_monotonic + self._faster(time.monotonic() - self._born_monotonic)
