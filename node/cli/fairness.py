@@ -124,7 +124,8 @@ def audit(
 def verify(ctx: click.Context, proof: Path, as_json: bool) -> None:
     """Check a fraud PROOF from its own documents: no node, no journal, no chain. Exit 1 if it does not hold.
 
-    What the file cannot show is that its node key belongs to the provider's wallet: the Registry says so.
+    What the file cannot show, the chain says: that its node key belongs to the provider's wallet (the Registry), how
+    long an epoch is, and whether a commitment that was due came in time (the Court).
     """
     from incentives.fault_json import decode
     from incentives.faults import ProofFails, judge

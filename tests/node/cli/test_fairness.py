@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
 
+from incentives.fault_json import encode as encode_proof
+from incentives.faults import neighbours
 from incentives.ledger import Role
 from protocol.bundle import Bundle
 from protocol.bundle_json import encode
 from protocol.signing import Signer
-from tests.incentives.trade import NODE, PAYERS, START, WALLET, altered, channel, last, sell
+from protocol.units import Digest
+from tests.incentives.test_tree_faults import SOLD, absent, tree
+from tests.incentives.trade import NODE, PAYERS, START, TARIFF, WALLET, altered, channel, last, sell
 from tests.node.cli.conftest import Tally
 from tests.node.cli.shop import furnish_shop
 
@@ -118,6 +123,35 @@ def test_an_epoch_that_is_not_over_is_not_signed(
     assert f"epoch {epoch} is not over" in early.stderr and f"that is over is {end // HOUR - 2}" in early.stderr
     monkeypatch.setattr("node.system.SystemClock.now_ms", lambda _: end * 1000)
     assert tally("fairness", "commit", epoch, "-o", str(root)).exit_code == 0
+
+
+def test_a_job_left_out_of_a_commitment_is_proved_to_a_stranger(tally: Tally, tmp_path: Path) -> None:
+    job, *rest = sorted(SOLD, key=lambda bundle: bundle.job_id)
+    entries, root = tree(rest)
+    around = neighbours(entries, job.job_id)
+    assert around is not None
+    path = tmp_path / "missing.json"
+    path.write_text(encode_proof(absent(job, root, around)))
+    shown = tally("fairness", "verify", str(path), "--json")
+    assert shown.exit_code == 0
+    told = json.loads(shown.stdout)
+    assert (told["holds"], told["fault"]) == (True, "job missing from the commitment")
+    assert told["provider"] == "0x" + WALLET.address.hex()
+    path.write_text(encode_proof(absent(rest[0], root, around)))
+    assert tally("fairness", "verify", str(path)).exit_code == 1
+
+
+def test_one_profile_is_committed_at_a_time(tally: Tally, tmp_path: Path, home: Path) -> None:
+    other = replace(TARIFF, profile_id=Digest(b"\x07" * 32))
+    jobs = [sell(nonce=1), sell(nonce=2, tariff=other)]
+    furnish_shop(home, Role.PROVIDER, jobs)
+    epoch = str(last(jobs[0]).received_at // 1000 // HOUR)
+    unsure = tally("fairness", "commit", epoch)
+    assert unsure.exit_code == 1 and "2 profiles" in unsure.stderr and "--profile" in unsure.stderr
+    made = tally("fairness", "commit", epoch, "--profile", "0x0707")
+    assert json.loads(made.stdout)["commitment"]["document"]["profile_id"] == "0x" + "07" * 32
+    assert json.loads(made.stdout)["commitment"]["document"]["count"] == 1
+    assert tally("fairness", "commit", epoch, "--profile", "0xff").exit_code == 1
 
 
 def served(slow: int) -> list[Bundle]:
