@@ -281,7 +281,7 @@ class Verdict:
 
     `case_id`: the commitment's key. `outcome`: an AuditOutcome. `tokens`, `flags`, `voids`: over all audited jobs,
     `worst_*`: of the job with the least likely flags. `gaps`: 16 big-endian int16, thousandths of a logit between the
-    best and the second score at the beacon's positions. `results_root`: SHA-256 over the per-job results (audit.py).
+    best and the second score at the beacon's positions. `results_root`: SHA-256 over the per-job results (verdicts.py).
     """
 
     validator: Addr
