@@ -14,7 +14,7 @@ from typing import Any, Final
 
 FOLDER: Final = Path(__file__).resolve().parent
 
-SHIPPED: Final = ("TallyToken", "Escrow", "Registry", "Reservations")
+SHIPPED: Final = ("TallyToken", "Escrow", "Registry", "Faults", "Court", "Reservations")
 """Contracts that are deployed, in the order they are deployed in."""
 
 

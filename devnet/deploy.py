@@ -12,24 +12,42 @@ from node.chain.deployment import Deployment
 from node.chain.rpc import Rpc
 from node.chain.sender import Sender, SendPolicy
 from node.chain.transactions import Call
-from node.ports import Clock
+from node.ports import ChainError, Clock, CourtRules
 from protocol.signing import Signer
 from protocol.units import WEI_PER_TALLY, ZERO_ADDRESS, Address, Wei
 
 _POLICY: Final = SendPolicy(poll_s=0.2)
+
+_COURT_AFTER: Final = 2
+"""Contracts created between the computation of the Court's address and the Court: Registry and Faults."""
+
+
+COURT_RULES: Final = CourtRules(
+    epoch_seconds=5,
+    commit_window=120,
+    submit_window=30,
+    reveal_window=10,
+    answer_window=8,
+    committees=(3, 4, 5),
+    validator_stake=Wei(100 * WEI_PER_TALLY),
+    validator_penalty=Wei(20 * WEI_PER_TALLY),
+    appeal_bond=Wei(10 * WEI_PER_TALLY),
+)
+"""A Court for one's own machine: a verdict within seconds, and a provider that restarts still delivers in time. A
+public one needs hours, committees of 3, 7 and 21, and stakes that follow from incentives/exposure.py."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeployOptions:
     """Constructor arguments; the defaults suit a chain on one's own machine. All times in seconds, amounts in wei.
 
-    `supply`: minted to the deployer. `minter`, `court`: zero for nobody. `unbond_delay` must be above the three
-    windows together, or the Registry refuses to be deployed. `period_seconds`: what capacity is sold ahead by.
+    `supply`: minted to the deployer. `minter`: zero for nobody. `unbond_delay` must be above the three windows
+    together, or the Registry refuses to be deployed, and above the longest that `court` lets a case take, or the Court
+    does. `period_seconds`: what capacity is sold ahead by. `court`, `forced_bps`: the Court's rules.
     """
 
     supply: int = 100_000_000 * WEI_PER_TALLY
     minter: Address = ZERO_ADDRESS
-    court: Address = ZERO_ADDRESS
     exit_delay: int = 600
     min_stake: int = 100 * WEI_PER_TALLY
     unbond_delay: int = 1_200
@@ -38,24 +56,50 @@ class DeployOptions:
     audit_window: int = 300
     dispute_window: int = 300
     verdict_window: int = 300
+    court: CourtRules = COURT_RULES
+    forced_bps: int = 0
 
 
 async def deploy(rpc_url: str, deployer: Signer, clock: Clock, options: DeployOptions | None = None) -> Deployment:
-    """Deploy token, escrow, registry and reservations, in that order, from `deployer`, who pays and holds the supply.
+    """Deploy token, escrow, registry, judge of faults, court and reservations, in that order, from `deployer`, who
+    pays and holds the supply.
 
-    Raises: ChainUnavailable, ChainError.
+    Registry and Court name each other for ever, so the Court's address is computed before either is there: nobody else
+    may send from `deployer` meanwhile. Raises: ChainUnavailable, ChainError.
     """
     o = options or DeployOptions()
     async with _connected(rpc_url, deployer, clock) as (rpc, sender, chain_id):
         block = int(await rpc.read(lambda w3: w3.eth.block_number))
         token = await _create(rpc, sender, "TallyToken", o.minter, deployer.address, o.supply)
         escrow = await _create(rpc, sender, "Escrow", token, o.exit_delay)
+        court = await _address_of_next(rpc, deployer.address, _COURT_AFTER)
         windows = (o.audit_window, o.dispute_window, o.verdict_window)
         registry = await _create(
-            rpc, sender, "Registry", token, escrow, o.court, o.min_stake, o.unbond_delay, o.epoch_seconds, *windows
+            rpc, sender, "Registry", token, escrow, court, o.min_stake, o.unbond_delay, o.epoch_seconds, *windows
         )
+        faults = await _create(rpc, sender, "Faults", registry, escrow, court)
+        deployed = await _create(rpc, sender, "Court", registry, escrow, token, faults, _rules_words(o))
+        if deployed != court:
+            raise ChainError(f"the Court came to {deployed.hex()}, the Registry obeys {court.hex()}: deploy again")
         reservations = await _create(rpc, sender, "Reservations", token, o.period_seconds)
-    return Deployment(chain_id, token, escrow, registry, reservations, block + 1)
+    return Deployment(chain_id, token, escrow, registry, reservations, court, faults, block + 1)
+
+
+def _rules_words(options: DeployOptions) -> tuple[Any, ...]:
+    """ICourt.Rules in the order of its fields."""
+    r = options.court
+    windows = (r.epoch_seconds, r.commit_window, r.submit_window, r.reveal_window, r.answer_window)
+    return (*windows, r.committees, options.forced_bps, r.validator_stake, r.validator_penalty, r.appeal_bond)
+
+
+async def _address_of_next(rpc: Rpc, deployer: Address, after: int) -> Address:
+    """Where the contract comes to that `deployer` creates after `after` more transactions (EIP-161: by nonce)."""
+    from web3.utils.address import get_create_address
+
+    from node.chain.contracts import checksum
+
+    nonce = int(await rpc.read(lambda w3: w3.eth.get_transaction_count(checksum(deployer))))
+    return Address(bytes.fromhex(get_create_address(checksum(deployer), nonce + after).removeprefix("0x")))
 
 
 async def fund(

@@ -97,7 +97,9 @@ interface ICourt {
     /// @param until Unix second at which the state's window ends. CLOSED: from which compensation may be burned.
     /// @param outcome What follows for the provider, of the last quorum.
     /// @param found What that quorum agreed on; differs from `outcome` where evidence condemned the provider.
+    /// @param bonds Appeals made, each with its bond held here until the case ends.
     /// @param flagPpm The profile's rate of flags granted to honest work.
+    /// @param beaconBlock Block whose hash the beacon is from; who enlisted in it or later is not drawn.
     /// @param seats Members of the current round; `submitted` and `revealed`: of them.
     /// @param evidence The provider's after the last quorum, in 1e-18.
     /// @param slashed Wei taken from the provider.
@@ -109,7 +111,7 @@ interface ICourt {
         Outcome outcome;
         Outcome found;
         bool wasForced;
-        bool bonded;
+        uint8 bonds;
         uint32 flagPpm;
         uint40 beaconBlock;
         uint8 seats;
@@ -327,11 +329,11 @@ interface ICourt {
     /// until the round is concluded. The seat stays, so a quorum is no easier to reach.
     function disqualify(
         bytes32 caseId,
-        address member,
         Entry calldata entry,
         uint256 index,
         SumNode[] calldata siblings,
-        WorkReceipt calldata receipt
+        WorkReceipt calldata receipt,
+        address member
     ) external;
 
     /// @notice Constants of the deployment.
@@ -343,14 +345,8 @@ interface ICourt {
     /// @notice A case as it stands now: a submit window that is over reads as REVEAL. All zero before the draw.
     function caseOf(bytes32 caseId) external view returns (Case memory);
 
-    /// @notice Members of a round, in the order of the draw; empty when it was not opened.
-    function membersOf(bytes32 caseId, uint8 round) external view returns (address[] memory);
-
     /// @notice Seats of a round, in the order of the draw; empty when it was not opened.
     function seatsOf(bytes32 caseId, uint8 round) external view returns (Seat[] memory);
-
-    /// @notice A member's seat; all zero when it has none.
-    function verdictOf(bytes32 caseId, uint8 round, address validator) external view returns (Seat memory);
 
     /// @notice Enlisted validators. Their order means nothing.
     function validators() external view returns (address[] memory);

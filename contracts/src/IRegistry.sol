@@ -184,6 +184,10 @@ interface IRegistry {
     /// @notice Digest of the tariff logged with this sequence number; zero when none.
     function tariffAt(address provider, bytes32 profileId, uint64 sequence) external view returns (bytes32);
 
+    /// @notice Seconds from the last unbond request to withdrawal. The Court compares it with the longest a case can
+    /// take.
+    function unbondDelay() external view returns (uint256);
+
     /// @notice EIP-712 domain separator of the Escrow on this chain.
     function domainSeparator() external view returns (bytes32);
 }

@@ -11,7 +11,7 @@ from node.ports import ChainError
 from protocol.eip712 import Domain
 from protocol.units import Address
 
-_CONTRACTS: Final = ("token", "escrow", "registry", "reservations")
+_CONTRACTS: Final = ("token", "escrow", "registry", "reservations", "court", "faults")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,8 @@ class Deployment:
     escrow: Address
     registry: Address
     reservations: Address
+    court: Address
+    faults: Address
     block: int
 
     @property

@@ -40,7 +40,7 @@ def home(tmp_path: Path) -> Path:
     (home / "password").write_text("a password\n")
     for name in ("wallet", "node", "session"):
         load_or_create(home / "keys", name, "a password", scrypt_n=SCRYPT_N)
-    addresses = [Address(bytes([n]) * 20) for n in (1, 2, 3, 4)]
+    addresses = [Address(bytes([n]) * 20) for n in range(1, 7)]
     Deployment(31337, *addresses, 1).save(home / "deployment.json")
     (home / "config.toml").write_text(
         '[chain]\nrpc_url = "http://127.0.0.1:9"\n'

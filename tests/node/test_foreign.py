@@ -19,7 +19,7 @@ with tempfile.TemporaryDirectory() as home:
     wallet = load_or_create(Path(home) / "keys", "wallet", "password", scrypt_n=1024)
 
 async def connect():
-    nowhere = Deployment(1, b"1" * 20, b"2" * 20, b"3" * 20, b"4" * 20, 0)
+    nowhere = Deployment(1, *(bytes([n]) * 20 for n in range(6)), 0)
     chain = Web3Chain("http://127.0.0.1:1", nowhere, wallet, clock=SystemClock())
     try:
         async with asyncio.timeout(2):

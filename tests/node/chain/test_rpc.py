@@ -191,7 +191,7 @@ async def test_anvil_restarts_and_crashes_and_the_watcher_tells_what_is_left(tmp
 
 def test_a_deployment_file_says_the_same_when_read_back_and_names_itself_when_it_is_broken(tmp_path: Path) -> None:
     path = tmp_path / "deployment.json"
-    there = Deployment(31337, Address(b"\1" * 20), Address(b"\2" * 20), Address(b"\3" * 20), Address(b"\4" * 20), 5)
+    there = Deployment(31337, *(Address(bytes([n]) * 20) for n in range(1, 7)), 5)
     there.save(path)
     assert Deployment.load(path) == there
     assert [entry.name for entry in tmp_path.iterdir()] == ["deployment.json"]

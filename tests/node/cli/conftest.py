@@ -74,8 +74,8 @@ def furnish(home: Path, role: Role, bundle: Bundle) -> None:
     for name, signer in (("wallet", WALLET), ("node", NODE), ("session", SESSION)):
         save(home / "keys", name, "correct horse", signer.secret, scrypt_n=1024)
     escrow = DOMAIN.verifying_contract
-    token, registry, reservations = (Address(bytes([n]) * 20) for n in (1, 2, 3))
-    Deployment(DOMAIN.chain_id, token, escrow, registry, reservations, 0).save(home / "deployment.json")
+    token, registry, *others = (Address(bytes([n]) * 20) for n in range(1, 6))
+    Deployment(DOMAIN.chain_id, token, escrow, registry, *others, 0).save(home / "deployment.json")
     asyncio.run(_fill(home, role, bundle))
 
 

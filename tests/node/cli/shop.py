@@ -24,8 +24,8 @@ def furnish_shop(home: Path, role: Role, bundles: Sequence[Bundle], payer: Signe
     (home / "password").chmod(0o600)
     for name, signer in (("wallet", WALLET), ("node", NODE), ("session", payer)):
         save(home / "keys", name, "correct horse", signer.secret, scrypt_n=1024)
-    token, registry, reservations = (Address(bytes([n]) * 20) for n in (1, 2, 3))
-    deployment = Deployment(DOMAIN.chain_id, token, DOMAIN.verifying_contract, registry, reservations, 0)
+    token, registry, *others = (Address(bytes([n]) * 20) for n in range(1, 6))
+    deployment = Deployment(DOMAIN.chain_id, token, DOMAIN.verifying_contract, registry, *others, 0)
     deployment.save(home / "deployment.json")
     asyncio.run(_fill(home, role, bundles))
 
