@@ -119,9 +119,9 @@ class Audits:
                 await self._refuse(stream, exc)
                 continue
             crash_point(DOSSIER_READ)
+            self.dossiers += 1
             for chunk in sealer.seal(data):
                 await stream.send(frames.encode(chunk))
-            self.dossiers += 1
 
     async def _refuse(self, stream: Stream, exc: Refused) -> None:
         await stream.send(frames.encode(Refuse(exc.code, exc.reason[:1024])))

@@ -167,6 +167,7 @@ class _Planting:
         self._of = decoys
         self._terms = terms
         self._epoch_s = epoch_s
+        self._began = decoys._clock.monotonic()
 
     async def run(self) -> None:
         """Raises: EngineFull, ValueError, StoreError."""
@@ -194,6 +195,7 @@ class _Planting:
             encoded,
         )
         work = Work.start(job_id, request, options, self._terms.tariff, profile, accept, ())
+        self._began = of._clock.monotonic()
         of._accept(job_id, accept.accepted_at)
         try:
             await of._store.put_value(of._slot(accept.accepted_at // 1000 // self._epoch_s), job_id)
@@ -242,7 +244,7 @@ class _Planting:
                 async for token in tokens:
                     token_id = self._altered(token.token_id) if index % ALTER_EVERY == 1 else token.token_id
                     row = Row(token_id, token.logprob, token.projection, token.routing)
-                    work = work.take((row,), of._clock.now_ms())
+                    work = work.take((row,), self._now_ms(work))
                     index += 1
                     if work.room == 0:
                         finish = FinishReason.LENGTH if index == DECOY_TOKENS else FinishReason.OPEN
@@ -250,6 +252,10 @@ class _Planting:
         finally:
             reason = FinishReason.LENGTH if index == DECOY_TOKENS else FinishReason.ERROR
             await of._store.write(JobClosed(Role.PROVIDER, work.job_id, reason, Wei(0), detail))
+
+    def _now_ms(self, work: Work) -> int:
+        """The job's own clock, as in Delivery: even from its acceptance on, whatever the machine's is set to."""
+        return work.received_at + int((self._of._clock.monotonic() - self._began) * 1000)
 
     def _altered(self, token_id: int) -> int:
         """Another token of the vocabulary that ends no text."""
@@ -259,7 +265,7 @@ class _Planting:
         return other
 
     async def _issue(self, work: Work, finish: FinishReason) -> Work:
-        finished_at = 0 if finish is FinishReason.OPEN else self._of._clock.now_ms()
+        finished_at = 0 if finish is FinishReason.OPEN else self._now_ms(work)
         leaf = Leaf.of(work.pending).to_bytes()
         after, receipt = work.receipt(finish, finished_at, Wei(0))
         receipt_digest = digest(self._of._domain, receipt)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from protocol.dossier import Dossier
-from protocol.eip712 import digest, hash_struct
+from protocol.eip712 import Domain, digest, hash_struct
 from protocol.merkle import Entry
-from protocol.messages import Accept, JobRequest, Profile, Tariff
+from protocol.messages import Accept, JobRequest, Profile, Tariff, WorkReceipt
 from protocol.options import NO_OPTIONS, JobOptions, encode_options, options_hash
 from protocol.sampling import derive_seed
 from protocol.signing import Signer
@@ -27,11 +27,12 @@ NONCE: Final = b"\x34" * 32
 
 @dataclass(frozen=True)
 class Case:
-    """A dossier, the entry it belongs to, and the profile it is examined under."""
+    """A dossier, the entry it belongs to, the profile it is examined under, and every receipt of the job."""
 
     dossier: Dossier
     entry: Entry
     profile: Profile
+    receipts: tuple[WorkReceipt, ...] = ()
 
 
 def row(index: int, *, routed: bool = False) -> Row:
@@ -49,60 +50,75 @@ def served(
     profile: Profile = PROFILE,
     vectors: int = 0,
     open_ended: bool = False,
+    node_key: Signer = NODE,
+    domain: Domain = DOMAIN,
+    start: int = START,
+    nonce: int = 0,
     **request: Any,
 ) -> Case:
     """A job as its provider would show it. `vectors`: of an embedding job. `open_ended`: without a final receipt."""
-    tariff = _sheet(profile)
-    asked = _request(tariff, profile, prompt, max_tokens, options, **request)
-    job_id = JobId(digest(DOMAIN, asked))
+    tariff = _sheet(profile, request.get("provider", REQUEST.provider), start)
+    request = {"deadline": start + 600_000, **request}
+    asked = _request(domain, tariff, profile, prompt, max_tokens, options, nonce, **request)
+    job_id = JobId(digest(domain, asked))
     seed = derive_seed(job_id, asked.client_nonce, NONCE)
     if any(asked.parent_job):
         seed = Digest(asked.parent_seed)
-    accept = Accept(Digest(job_id), Digest(NONCE), seed, START)
+    accept = Accept(Digest(job_id), Digest(NONCE), seed, start)
+    receipts: list[WorkReceipt] = []
     work = Work.start(job_id, asked, options, tariff, profile, accept, ())
     content: list[bytes] = []
     for index in range(vectors):
         vector = bytes([index + 1]) * 16
         content.append(vector)
-        work = work.take_vector(index, vector, START + 50)
+        work = work.take_vector(index, vector, start + 50)
     for index in range(tokens):
-        work = work.take((row(index, routed=bool(profile.moe_layers)),), START + 50)
+        work = work.take((row(index, routed=bool(profile.moe_layers)),), start + 50)
         last = index == tokens - 1
         if len(work.pending) == LEAF_TOKENS and (not last or open_ended):
             content.append(Leaf.of(work.pending).to_bytes())
             work, receipt = work.receipt(FinishReason.OPEN, 0, Wei(0))
-            work = work.sealed(digest(DOMAIN, receipt))
+            receipts.append(receipt)
+            work = work.sealed(digest(domain, receipt))
     if not open_ended:
         if work.pending:
             content.append(Leaf.of(work.pending).to_bytes())
-        work, receipt = work.receipt(finish, START + 900, Wei(0))
+        work, receipt = work.receipt(finish, start + 900, Wei(0))
+        receipts.append(receipt)
     private = bool(asked.is_private)
     dossier = Dossier(
         asked,
-        SESSION.sign(DOMAIN, asked),
+        SESSION.sign(domain, asked),
         accept,
-        NODE.sign(DOMAIN, accept),
+        node_key.sign(domain, accept),
         encode_options(options),
         tariff,
-        NODE.sign(DOMAIN, tariff),
+        node_key.sign(domain, tariff),
         receipt,
-        NODE.sign(DOMAIN, receipt),
+        node_key.sign(domain, receipt),
         b"" if private else SALT,
         () if private else prompt,
         () if private else tuple(content),
     )
-    entry = Entry(job_id, Digest(digest(DOMAIN, receipt)), Wei(receipt.total))
-    return Case(dossier, entry, profile)
+    entry = Entry(job_id, Digest(digest(domain, receipt)), Wei(receipt.total))
+    return Case(dossier, entry, profile, tuple(receipts))
 
 
-def _sheet(profile: Profile) -> Tariff:
+def _sheet(profile: Profile, provider: bytes, start: int) -> Tariff:
     return replace(
-        SHEET, provider=REQUEST.provider, profile_id=hash_struct(profile), valid_from=0, valid_until=START // 1000 + 99
+        SHEET, provider=provider, profile_id=hash_struct(profile), valid_from=0, valid_until=start // 1000 + 99
     )
 
 
 def _request(
-    tariff: Tariff, profile: Profile, prompt: tuple[int, ...], max_tokens: int, options: JobOptions, **changes: Any
+    domain: Domain,
+    tariff: Tariff,
+    profile: Profile,
+    prompt: tuple[int, ...],
+    max_tokens: int,
+    options: JobOptions,
+    nonce: int,
+    **changes: Any,
 ) -> JobRequest:
     embeds = changes.get("kind") == JobKind.EMBED
     return replace(
@@ -113,9 +129,9 @@ def _request(
         prompt_tokens=len(prompt),
         max_tokens=0 if embeds else max_tokens,
         options_hash=options_hash(encode_options(options)),
-        tariff_hash=digest(DOMAIN, tariff),
+        tariff_hash=digest(domain, tariff),
         provider_commitment=nonce_commitment(NONCE),
-        client_nonce=Digest(hashlib.sha256(b"nonce").digest()),
+        client_nonce=Digest(hashlib.sha256(b"nonce %d" % nonce).digest()),
         **changes,
     )
 
