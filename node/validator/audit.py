@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from incentives.audit_draw import gap_positions, is_drawn, pack_gaps
+from incentives.committee import GUILTY
 from incentives.faults import Proof
 from incentives.ledger import ChannelKey, Role
 from incentives.verdicts import JobFinding
@@ -49,6 +50,14 @@ PAUSE_MOST_S: Final = 5.0
 """Longest pause between two tries to fetch. Unit: s. A provider that comes back is found at most so much later; at a
 tenth of it a provider that is away would be dialled all the time by every member."""
 
+HELD_BYTES: Final = 256 << 20
+"""Transcripts held at once before they are judged. Unit: bytes. All are fetched before the first is replayed, so that a
+replay that takes long is not taken for a provider that shows nothing; doubling it doubles a validator's memory."""
+
+LEAST_ASKED_SHARE: Final = 2
+"""A provider withholds when it was asked over half of the time there was, at least. A larger share would let one that
+really withholds escape a validator that was late; a smaller one would condemn on a few tries at the end."""
+
 log = logging.getLogger("tally.validator")
 
 
@@ -80,17 +89,27 @@ class Looked:
 
 @dataclass
 class _Progress:
-    """What was delivered and judged so far."""
+    """What was delivered and judged so far. `held`: delivered, not judged yet."""
 
     shown: Shown | None = None
     drawn: tuple[Entry, ...] = ()
+    held: dict[JobId, Dossier] = field(default_factory=dict)
     judged: dict[JobId, Judged] = field(default_factory=dict)
     proofs: list[Proof] = field(default_factory=list)
     last_failure: str = "it could not be found"
 
     @property
+    def missing(self) -> list[Entry]:
+        """Drawn and not delivered."""
+        return [entry for entry in self.drawn if entry.job_id not in self.held and entry.job_id not in self.judged]
+
+    @property
     def is_whole(self) -> bool:
         return self.shown is not None and all(entry.job_id in self.judged for entry in self.drawn)
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(4 * len(one.prompt) + sum(map(len, one.content)) for one in self.held.values())
 
 
 class Auditor:
@@ -132,24 +151,39 @@ class Auditor:
             raise Recused("the work is this wallet's own")
         rules = await self._court.rules()
         deadline = docket.until - min(RESERVE_MOST_S, rules.submit_window // RESERVE_SHARE)
+        began = await self._court.now()
+        late = deadline - began < (deadline - docket.until + rules.submit_window) // LEAST_ASKED_SHARE
         progress, failures = _Progress(), 0
         while True:
-            try:
-                await self._fetch(record, profile, rules.epoch_seconds, progress)
-            except NotDelivered as exc:
-                progress.last_failure = str(exc)
+            answered = await self._ask(record, progress)
+            replayed = await self._judge_held(record, profile, rules.epoch_seconds, progress, deadline)
             left = deadline - await self._court.now()
-            if progress.is_whole or left <= 0:
+            if progress.is_whole:
                 return self._sum_up(record, progress)
+            if left <= 0:
+                if replayed:  # the last try lies that far back: once more, lest it be held against the provider
+                    await self._ask(record, progress)
+                return self._out_of_time(record, progress, late=late)
+            if answered:
+                continue  # all that fitted was delivered; there is more to ask for
             failures += 1
             log.info("case 0x%s: not delivered yet, %d s left: %s", record.key.hex()[:8], left, progress.last_failure)
             await self._clock.sleep(min(pause(failures), PAUSE_MOST_S, float(left)))
             await self._directory.refresh()
 
-    async def _fetch(self, record: CommitmentRecord, profile: Profile, epoch_s: int, progress: _Progress) -> None:
-        """One conversation: the entries if they are still missing, then every dossier that is.
+    async def _ask(self, record: CommitmentRecord, progress: _Progress) -> bool:
+        """One conversation; whether everything asked for came. Raises: Recused; ChainError, StoreError."""
+        try:
+            await self._fetch(record, progress)
+        except NotDelivered as exc:
+            progress.last_failure = str(exc)
+            return False
+        return True
 
-        Raises: NotDelivered; Recused; Unable; ChainError, StoreError.
+    async def _fetch(self, record: CommitmentRecord, progress: _Progress) -> None:
+        """The entries if they are still missing, then every dossier that is, as far as memory goes.
+
+        Raises: NotDelivered; Recused; ChainError, StoreError.
         """
         self.notice()
         peer = self._known.get(record.provider)
@@ -160,14 +194,34 @@ class Auditor:
             shown = await line.entries(record)
             if progress.shown is None:
                 await self._take_entries(record, shown, progress)
-            for entry in progress.drawn:
-                if entry.job_id not in progress.judged:
-                    dossier = await line.dossier(entry.job_id)
-                    progress.judged[entry.job_id] = await self._judge(
-                        record, profile, epoch_s, entry, dossier, progress
-                    )
+            for entry in progress.missing:
+                if progress.held_bytes >= HELD_BYTES:
+                    return
+                progress.held[entry.job_id] = await line.dossier(entry.job_id)
         finally:
             await line.close()
+
+    async def _judge_held(
+        self, record: CommitmentRecord, profile: Profile, epoch_s: int, progress: _Progress, deadline: int
+    ) -> int:
+        """Judge what is held while there is time; how many. Raises: Recused; Unable; ChainError."""
+        judged = 0
+        for entry in progress.drawn:
+            if entry.job_id in progress.held and await self._court.now() < deadline:
+                dossier = progress.held[entry.job_id]
+                progress.judged[entry.job_id] = await self._judge(record, profile, epoch_s, entry, dossier, progress)
+                del progress.held[entry.job_id]
+                judged += 1
+        return judged
+
+    def _out_of_time(self, record: CommitmentRecord, progress: _Progress, *, late: bool) -> Looked:
+        """What the end of the window leaves. Our own slowness is never the provider's: Raises: Unable."""
+        guilty = any(judged.finding.outcome in GUILTY for judged in progress.judged.values())
+        if progress.held and not guilty:
+            raise Unable(f"{len(progress.held)} transcripts were delivered and not replayed in time by this machine")
+        if late and not guilty and (progress.shown is None or progress.missing):
+            raise Unable("it came too late to this case to say that its provider withholds anything")
+        return self._sum_up(record, progress)
 
     async def _take_entries(self, record: CommitmentRecord, shown: Shown, progress: _Progress) -> None:
         ours = {job.job_id for job in await self._store.jobs(Role.CLIENT, limit=OWN_RECEIPTS)}
@@ -228,10 +282,10 @@ class Auditor:
         why = f"not delivered in the submit window: {progress.last_failure}"
         if progress.shown is None:
             return Looked((withheld(JobId(ZERO_DIGEST), why),), pack_gaps(()), tuple(progress.proofs))
-        findings = []
-        for entry in progress.drawn:
-            judged = progress.judged.get(entry.job_id)
-            findings.append(judged.finding if judged is not None else withheld(entry.job_id, why))
+        findings = [
+            progress.judged[entry.job_id].finding for entry in progress.drawn if entry.job_id in progress.judged
+        ]
+        findings += [withheld(entry.job_id, why) for entry in progress.missing]
         measured = [progress.judged[entry.job_id].gaps for entry in progress.drawn if entry.job_id in progress.judged]
         places = gap_positions(record.beacon, [len(gaps) for gaps in measured])
         gaps = pack_gaps([measured[job][position] for job, position in places])

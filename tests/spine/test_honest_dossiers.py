@@ -129,7 +129,7 @@ async def test_embeddings_that_are_cancelled_or_late_before_the_first_vector() -
             await hold.wait()
             return await embed(*args)
 
-        seller.engine.embed = slow  # type: ignore[method-assign]
+        seller.engine.embed = slow  # type: ignore[method-assign, assignment]
         await gone(seller, run(buyer, replace(texts(4, 5), deadline_s=0.3)))
         assert await finals(seller) == [FinishReason.DEADLINE]
         task = asyncio.create_task(run(buyer, texts(4, 5)))
@@ -308,7 +308,7 @@ async def test_a_clock_set_back_at_the_deadline(job: JobSpec) -> None:
         async def never(*args: Any) -> Any:
             await asyncio.Event().wait()
 
-        seller.engine.embed = never  # type: ignore[method-assign]
+        seller.engine.embed = never  # type: ignore[method-assign, assignment]
         task = asyncio.create_task(gone(seller, run(buyer, job)))
         await until(lambda: seller.provider.server.running == 1)
         market.clock.wrong_s = -600.0
