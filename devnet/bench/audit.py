@@ -8,6 +8,7 @@ the committee's rules. Nothing here passes or fails but one figure: false slashe
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import tempfile
@@ -144,7 +145,7 @@ def _see(run: _Run, refused_at: int, tokens: int) -> None:
 def _caught(runs: Sequence[_Run]) -> dict[str, Any]:
     caught = [run.watched for run in runs if run.watched.caught]
     refused = [run.toploc_tokens for run in runs if run.toploc_caught]
-    seen = sum(run.watched.tokens for run in runs)
+    replayed = sum(run.watched.replayed for run in runs)
     return {
         "seeds": len(runs),
         "caught": len(caught),
@@ -152,8 +153,8 @@ def _caught(runs: Sequence[_Run]) -> dict[str, Any]:
         "tokens": _spread([watched.tokens for watched in caught]),
         "jobs": _spread([watched.jobs for watched in caught]),
         "by": {name: sum(w.caught == name for w in caught) for name in sorted({w.caught for w in caught})},
-        "audited_tokens": seen,
-        "flag_rate": sum(run.watched.flags for run in runs) / max(1, seen),
+        "replayed_tokens": replayed,
+        "flag_rate": sum(run.watched.flags for run in runs) / max(1, replayed),
         "toploc": {"caught": len(refused), "tokens": _spread(refused)},
     }
 
@@ -243,10 +244,12 @@ async def _dtype(plan: Plan, dtype: str, say: Say) -> dict[str, Any]:
             if not who.honest and (not plan.only or who.name in plan.only):
                 say(f"{dtype}: {who.name}")
                 adversaries[who.name] = await measure_adversary(who, plan, dtype, replayer, toploc, jobs)
+                gc.collect()  # an engine is a cycle, and holds its slots until then
         for variant in HONEST:
             if not plan.only or variant in plan.only:
                 say(f"{dtype}: honest, {variant}")
                 honest[variant] = await measure_honest(variant, plan, dtype, replayer, toploc, jobs)
+                gc.collect()
         profile = replayer.profile
     finally:
         await replayer.stop()

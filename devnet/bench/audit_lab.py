@@ -170,10 +170,14 @@ def _caught_at(profile: Profile, marks: Sequence[tuple[int, bool]]) -> int:
 
 @dataclass(slots=True)
 class Watched:
-    """One provider's audits so far, every job a case of its own. `caught`: by which check, once it is."""
+    """One provider's audits so far, every job a case of its own. `caught`: by which check, once it is.
+
+    `tokens`: audited until then, of the last job no more than it took; `replayed` and `flags`: of whole jobs.
+    """
 
     evidence: Evidence = field(default_factory=Evidence)
     tokens: int = 0
+    replayed: int = 0
     jobs: int = 0
     flags: int = 0
     caught: str = ""
@@ -182,6 +186,7 @@ class Watched:
         """With one more audited job."""
         found = looked.finding
         self.jobs += 1
+        self.replayed += found.tokens
         self.flags += found.flags
         if looked.caught_at:
             self.tokens += looked.caught_at

@@ -5,8 +5,10 @@ again, compares exponents and mantissas at its own 128 largest, and refuses at m
 mean mantissa error above 10 or a median above 8. Sources: Ong et al., TOPLOC, ICML 2025 (arXiv 2501.16007); thresholds
 and comparison of PrimeIntellect-ai/toploc, vllm_validate_poly.py (TEXP 90 equal of 128, TMEAN 10, TMEDIAN 8)
 and toploc/poly.py. The polynomial that packs the entries into 258 bytes is left out: at an index it was not built from
-it gives an arbitrary number, which is counted here as an exponent that differs. The library itself is not used: its
-wheel does not import on the torch pinned here.
+it gives an arbitrary number, which is counted here as an exponent that differs. Its further proof over the prompt's
+states is left out as well, so a truncated prompt is judged by its output. The thresholds are its authors', found on
+models of 8 to 70 billion parameters; on a small one they are loose. The library itself is not used: its wheel does not
+import on the torch pinned here.
 """
 
 from __future__ import annotations
