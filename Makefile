@@ -57,6 +57,7 @@ check: setup ## ruff, mypy strict, import-linter, generated files
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m contracts.generate --check
+	$(BIN)/python -m contracts.audit_vectors --check
 
 test-fast: setup ## unit and property tests, under 2 minutes
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
