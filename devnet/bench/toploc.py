@@ -7,7 +7,7 @@ and comparison of PrimeIntellect-ai/toploc, vllm_validate_poly.py (TEXP 90 equal
 and toploc/poly.py. The polynomial that packs the entries into 258 bytes is left out: at an index it was not built from
 it gives an arbitrary number, which is counted here as an exponent that differs. Its further proof over the prompt's
 states is left out as well, so a truncated prompt is judged by its output. The thresholds are its authors', found on
-models of 8 to 70 billion parameters; on a small one they are loose. The library itself is not used: its wheel does not
+models a thousand times larger; on a small one they are loose. The library itself is not used: its wheel does not
 import on the torch pinned here.
 """
 
