@@ -37,11 +37,16 @@ UNREACHED = {
 LATER = {(role, f"store.SettlementDropped.{side}") for role in Role for side in ("before", "after")}
 """Written at a restart only; see test_a_second_crash_during_recovery."""
 
-JUDGED = ("CommitmentMade", "VerdictMade", "ContentShredded")
-"""Records that are written where there is a Court, or when content's time is over: this market has neither. Killed at in
-tests/node/provider/test_epochs.py, tests/node/validator, tests/spine/test_audit.py and tests/node/store."""
-
-ELSEWHERE = tuple(f"store.{kind}." for kind in JUDGED) + ("provider.commitment.", "provider.dossier.", "validator.")
+ELSEWHERE = (
+    "store.CommitmentMade.",
+    "store.VerdictMade.",
+    "store.ContentShredded.",
+    "provider.commitment.",
+    "provider.dossier.",
+    "validator.",
+)
+"""Passed where there is a Court, or when content's time is over; this market has neither. Killed at in
+tests/node/provider/test_epochs.py, the validator's tests, tests/spine/test_audit.py and tests/node/store."""
 
 EVERY = [
     (role, point)
