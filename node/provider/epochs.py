@@ -91,9 +91,12 @@ class Epochs:
         self._next = 0  # the first epoch that may still need a commitment
         self._closing = 0  # the first epoch that jobs are still accepted in
         self._unposted: list[Digest] = []
+        self._born_ms = clock.now_ms()
         self.committed = 0
         self.posted = 0
         self.why_not = ""
+        self.conflict = ""
+        """What shows that another node works with this wallet; jobs are refused from then on. "" while nothing does."""
 
     @property
     def rules(self) -> CourtRules | None:
@@ -126,7 +129,8 @@ class Epochs:
         self._registered[self._profile_id] = await self._register(self._court)
         self._unposted = _split(await self._store.get_value(self._slot("unposted")) or b"")
         cursor = await self._store.get_value(self._slot("next"))
-        current = self._clock.now_ms() // 1000 // rules.epoch_seconds
+        # With a chain that did not answer at once, jobs were served before the first look at it.
+        current = min(self._born_ms, self._clock.now_ms()) // 1000 // rules.epoch_seconds
         if cursor is None:
             await self._store.put_value(self._slot("next"), current.to_bytes(8, "big"))
         self._next = self._closing = current if cursor is None else int.from_bytes(cursor, "big")
@@ -166,7 +170,10 @@ class Epochs:
     # ------------------------------------------------------------------------------------------------- while serving
 
     def check_open(self, accepted_ms: int) -> None:
-        """Whether a job may be accepted at that time. Raises: Refused when its epoch is committed to already."""
+        """Whether a job may be accepted at that time. Raises: Refused when its epoch is committed to already, or may be
+        committed to by another node without it."""
+        if self.conflict:
+            raise Refused(RefusalCode.DRAINING, "another node works with this provider's wallet")
         if self._rules is not None and self.epoch_of(accepted_ms) < self._closing:
             reason = "this provider's clock was set back behind its last commitment; it serves again once it is past it"
             raise Refused(RefusalCode.BUSY, reason)
@@ -213,10 +220,18 @@ class Epochs:
         return max(self._next, min([ended, *(self.epoch_of(accepted) for accepted in self._running())]))
 
     async def _commits_to(self, profile_id: Digest) -> bool:
-        """Whether a profile's jobs can be judged; another one than today's was served before a restart."""
+        """Whether a profile's jobs can be judged; another one than today's was served before a restart.
+
+        Anybody may register a profile at any time, and a commitment is owed from then on: a no is asked for again.
+        """
         assert self._court is not None
-        if profile_id not in self._registered:
+        if profile_id == self._profile_id and self._verifiability is not Verifiability.REPLAY:
+            return False  # its flag rate is none that a Court accepts (engine/declared.py), so nothing is owed
+        if not self._registered.get(profile_id):
             self._registered[profile_id] = await self._court.profile_registered(profile_id)
+            if self._registered[profile_id] and profile_id == self._profile_id and self.why_not:
+                log.warning("this profile was registered at the Court after all: its jobs are committed to from now on")
+                self.why_not = ""
         return self._registered[profile_id]
 
     async def _jobs(self, first: int, end: int) -> dict[tuple[int, Digest], list[JobRow]]:
@@ -284,7 +299,10 @@ class Epochs:
     async def _post_one(self, key: Digest) -> None:
         assert self._court is not None
         row = await self._store.commitment(key)
-        if row is not None and await self._court.commitment(key) is None:
+        posted = await self._court.commitment(key)
+        if row is not None and posted is not None and posted.root != row.record.commitment.root:
+            self._note_conflict(row.record.commitment)
+        if row is not None and posted is None:
             commitment = row.record.commitment
             signature = self._signer.sign(self._court.domain, commitment)
             await self._court.post_commitment(commitment, signature)
@@ -292,6 +310,15 @@ class Epochs:
             crash_point(COMMITMENT_POSTED)
             log.info("committed to %d jobs, %d wei, of epoch %d", commitment.count, commitment.total, commitment.epoch)
         await self._note_unposted([other for other in self._unposted if other != key])
+
+    def _note_conflict(self, ours: Commitment) -> None:
+        """Jobs of ours are missing from what the chain holds: each new one there would cost half of the stake."""
+        self.conflict = f"the chain holds another commitment of this wallet for epoch {ours.epoch} than this journal"
+        log.error(
+            "%s. Another node works with the same wallet, or this journal was put back to an earlier state. No job is "
+            "accepted any more: run one node per wallet, with the journal that it wrote last",
+            self.conflict,
+        )
 
     async def _note_unposted(self, keys: list[Digest]) -> None:
         await self._store.put_value(self._slot("unposted"), b"".join(keys))

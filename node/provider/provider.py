@@ -181,22 +181,23 @@ class Provider:
             detail = "the provider stopped while it was running; what was vouched for is kept"
             await self._store.write(JobClosed(Role.PROVIDER, job.job_id, FinishReason.ERROR, job.owed, detail))
         caught_up = await self._join()
+        start = self.background.start
+        # Before there is anything to sell: commitments and answers are owed for what was sold before the restart.
+        self._tasks = [start("committing", self.epochs.run, "what is not committed to yet is noted and tried again")]
+        if self.cases is not None:
+            self._tasks.append(start("watching cases", self.cases.run, "a case is looked up again"))
         while not self.offering.terms_in_force():
             await self._clock.sleep(TARIFF_LOOK_S)
         await self.offering.renew()
         self._renew_at = self._clock.monotonic() + OFFER_LIFE_S / 2
-        start = self.background.start
-        self._tasks = [
+        self._tasks += [
             start("settling", self.settler.run, "vouchers are kept and due again"),
             start("following the chain", self._watch, "jobs are served up to confirmed escrow"),
             start("offering", self._keep_offering, "the present offer and tariff stand"),
             start("the base price", self._follow_base, "the present offer's multiplier stands"),
-            start("committing", self.epochs.run, "what is not committed to yet is noted and tried again"),
             start("watching the stake", self.staking.run, "the stake known last stands"),
             start("shredding", self.shredder.run, "content is kept until it can be"),
         ]
-        if self.cases is not None:
-            self._tasks.append(start("watching cases", self.cases.run, "a case is looked up again"))
         if not caught_up:
             self._tasks.append(start("joining", self._join_later, "jobs are served up to confirmed escrow"))
 
@@ -291,7 +292,7 @@ class Provider:
             "last_settlement_error": totals.last_error,
             "commitments": self.epochs.committed,
             "commitments_unposted": self.epochs.unposted,
-            "commitments_why_not": self.epochs.why_not,
+            "commitments_why_not": self.epochs.why_not or self.epochs.conflict,
             "dossiers_shown": self.audits.dossiers,
             "convictions": 0 if self.cases is None else self.cases.convicted,
             "content_shredded": self.shredder.shredded,
