@@ -7,11 +7,12 @@ than a third of its stake covers (incentives/exposure.py); an honest one settles
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
 from incentives.audit_draw import AUDIT_FLOOR_BPS
 from incentives.exposure import needed_stake, stake_for, unsettled_cap
-from node.ports import Chain, Clock, Store
+from node.ports import Chain, Clock, CourtRules, Store
 from node.provider.books import Books
 from node.provider.settler import Settler
 from protocol.units import Address, Wei
@@ -21,27 +22,36 @@ log = logging.getLogger("tally.provider.staking")
 LOOK_S: Final = 30.0
 """How often stake and open value are compared. Unit: s. A channel fills up over minutes."""
 
-DETECTION_BPS: Final = 9_000
-"""Audits of a cheated job that find it, of 10^4. A job by a model that is far enough from the profile to save money is
-found by its own numbers in more than nine of ten; the rest is found by the evidence that all of them add up to."""
+DETECTION_BPS: Final = 2_500
+"""Audits of a cheated job that lead to a verdict, of 10^4: of int8 weights sold as bf16, the slowest to be condemned
+(incentives/README.md, "Stake"). Whatever saves more is found sooner, so half of it would double the stake for nothing
+but doubt about the calibration."""
 
-COMMITMENTS_BEFORE_VERDICT: Final = 2
-"""Epochs a cheat goes on for between the first job found and the slash: the one that is being judged and the one that
-is being served. Longer windows let more through; then the stake has to be larger by as many jobs."""
+WINDOWS: Final = 2
+"""Epochs before a case begins that a cheat serves on in: the one it is found in, and the one committed meanwhile."""
 
 
 class Staking:
     """What the stake is, what it should be, and how much may stand open behind it. All in wei."""
 
     def __init__(
-        self, wallet: Address, books: Books, settler: Settler, store: Store, chain: Chain, clock: Clock
+        self,
+        wallet: Address,
+        books: Books,
+        settler: Settler,
+        store: Store,
+        chain: Chain,
+        clock: Clock,
+        rules: Callable[[], CourtRules | None],
     ) -> None:
+        """`rules`: the Court's, None while they are not known."""
         self._wallet = wallet
         self._books = books
         self._settler = settler
         self._store = store
         self._chain = chain
         self._clock = clock
+        self._rules = rules
         self._warned = Wei(0)
         self.stake: Wei | None = None
         self.needed = Wei(0)
@@ -79,13 +89,15 @@ class Staking:
 
     async def _against_cheating(self) -> Wei:
         """Stake under which cheating in every job loses, if all of a job's price were gained by it."""
+        rules = self._rules()
         made = [row.record.commitment for row in await self._store.commitments(limit=8)]
         jobs = sum(commitment.count for commitment in made)
-        if not jobs:
+        if not jobs or rules is None:
             return Wei(0)
         gain = Wei(-(-sum(commitment.total for commitment in made) // jobs))
-        before = COMMITMENTS_BEFORE_VERDICT * -(-jobs // len(made))
-        return needed_stake(gain, AUDIT_FLOOR_BPS, DETECTION_BPS, before)
+        served_s = (max(c.epoch for c in made) - min(c.epoch for c in made) + 1) * rules.epoch_seconds
+        verdict_s = WINDOWS * rules.epoch_seconds + rules.submit_window + rules.reveal_window + rules.answer_window
+        return needed_stake(gain, AUDIT_FLOOR_BPS, DETECTION_BPS, -(-jobs * verdict_s // served_s))
 
     def status(self) -> dict[str, object]:
         """Plain JSON values; amounts as decimal strings of wei."""
