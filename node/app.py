@@ -36,10 +36,13 @@ from protocol.units import Address, Digest, Wei
 
 if TYPE_CHECKING:
     from node.chain.chain import Web3Chain
+    from node.chain.court import Web3Court
     from node.client.router import Router
     from node.discovery.directory import OfferDirectory
     from node.gateway.server import GatewayServer
     from node.provider.provider import Provider
+    from node.validator.shelf import Volume
+    from node.validator.validator import Validator
     from protocol.messages import Profile, Tariff
     from protocol.signing import Signer
 
@@ -69,6 +72,19 @@ class ProviderApp:
     wallet: Signer
     node_key: Signer
     home: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatorApp:
+    """A validator that follows the Court."""
+
+    validator: Validator
+    store: Store
+    chain: Web3Chain
+    court: Web3Court
+    transport: Transport
+    wallet: Signer
+    node_key: Signer
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +153,19 @@ async def wallet_chain(config: NodeConfig) -> AsyncIterator[tuple[Web3Chain, Sig
 
 
 @asynccontextmanager
-async def _chain(config: NodeConfig, wallet: Signer, *, patient: bool = False) -> AsyncIterator[Web3Chain]:
+async def reading_chain(config: NodeConfig) -> AsyncIterator[Web3Chain]:
+    """The chain to look at: no key is opened. Raises: ChainError."""
+    async with _chain(config, None) as chain:
+        yield chain
+
+
+async def node_key_of(config: NodeConfig) -> Signer:
+    """The key this home's documents are signed with, made when there is none. Raises: KeystoreError."""
+    return await _key(config, "node")
+
+
+@asynccontextmanager
+async def _chain(config: NodeConfig, wallet: Signer | None, *, patient: bool = False) -> AsyncIterator[Web3Chain]:
     """`patient`: serve even while the RPC does not answer. Raises: ChainUnavailable unless patient, ChainError."""
     from node.chain.chain import Web3Chain
     from node.chain.deployment import Deployment
@@ -170,6 +198,13 @@ async def _keep_connecting(chain: Web3Chain) -> None:
             log.debug("the chain does not answer yet: %s", exc)
         except ChainError as exc:
             log.error("the RPC is not of our chain, nothing is settled until it is: %s", exc)
+
+
+def court_of(chain: Web3Chain) -> Web3Court:
+    """The Court of the chain's deployment, acting for the chain's wallet."""
+    from node.chain.court import Web3Court
+
+    return Web3Court(chain, SystemClock())
 
 
 def _transport(config: NodeConfig, secret: bytes, *, listen: bool) -> Transport:
@@ -337,7 +372,8 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
             float(wanted.drain),
             wanted.appeal,
         )
-        provider = Provider(settings, node_key, engine, card, store, chain, transport, directory, clock, entropy)
+        ports = (store, chain, transport, directory, clock, entropy)
+        provider = Provider(settings, node_key, engine, card, *ports, court_of(chain))
         await transport.start()
         stack.push_async_callback(transport.stop)
         stack.push_async_callback(provider.stop)
@@ -350,6 +386,59 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
         routes = {**journal_routes(store, chain.domain), **books_routes(store), **tariff_routes(provider.offering)}
         await stack.enter_async_context(_control(config, {"status": status, **routes}))
         yield ProviderApp(provider, store, chain, transport, wallet, node_key, config.home)
+
+
+def _volumes(config: NodeConfig) -> dict[Digest, Volume]:
+    """The models that a validator can replay, by profile id. Reads every weight file once. Raises: ModelError."""
+    from node.engine.profile import profile_of
+    from node.engine.replay import TorchReplayer
+    from node.validator.shelf import Volume
+    from protocol.eip712 import hash_struct
+
+    wanted, out = config.validator, {}
+    for model_dir in wanted.model_dirs:
+        profile = profile_of(model_dir, wanted.dtype, wanted.device)
+        make = partial(TorchReplayer, model_dir, wanted.dtype, wanted.threads or None, wanted.device)
+        out[hash_struct(profile)] = Volume(model_dir.resolve().name, profile, make)
+    return out
+
+
+@asynccontextmanager
+async def validator_app(config: NodeConfig) -> AsyncIterator[ValidatorApp]:
+    """Judge. Raises: ConfigError, KeystoreError, StoreError, ChainError, ModelError, TransportError."""
+    from node.chain.court import encode_proof
+    from node.discovery.directory import OfferDirectory
+    from node.routes import journal_routes
+    from node.validator.shelf import Shelf
+    from node.validator.validator import Validator, ValidatorSettings
+
+    wanted = config.validator
+    if not wanted.model_dirs:
+        raise TallyError("no model to replay: name each Hugging Face model directory with --model DIR")
+    clock, entropy = SystemClock(), SystemEntropy()
+    wallet, node_key = await _key(config, "wallet"), await _key(config, "node")
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(journal(config, serving=True))
+        chain = await stack.enter_async_context(_chain(config, wallet, patient=True))
+        court = court_of(chain)
+        shelf = Shelf(await asyncio.to_thread(_volumes, config), clock)
+        transport = _transport(config, node_key.secret, listen=True)
+        directory = OfferDirectory(transport, chain, clock, bootstrap_peers(config), MIN_STAKE)
+        directory.start_serving()
+        settings = ValidatorSettings(wanted.stake, float(wanted.poll), wanted.max_audits, wanted.auto_draw)
+        ports = (store, chain, court, transport, directory, clock, entropy)
+        validator = Validator(settings, wallet.address, node_key, shelf, *ports, encode_proof)
+        await transport.start()
+        stack.push_async_callback(transport.stop)
+        stack.push_async_callback(validator.stop)
+        await validator.start()
+        await stack.enter_async_context(_background(directory.run()))
+
+        async def status(_: dict[str, Any]) -> dict[str, Any]:
+            return {**await validator.status(), "peer_id": transport.peer_id, "chain": await chain_status(chain)}
+
+        await stack.enter_async_context(_control(config, {"status": status, **journal_routes(store, chain.domain)}))
+        yield ValidatorApp(validator, store, chain, court, transport, wallet, node_key)
 
 
 async def chain_status(chain: Chain) -> dict[str, object]:

@@ -348,6 +348,11 @@ class Replay:
     ends: tuple[int, ...]
 
 
+class Unreplayable(TallyError):
+    """One job that this machine cannot look at: a grammar that takes it too long to compile. Says nothing about who
+    served the job, on a machine that could."""
+
+
 class Replayer(Protocol):
     """Looks at finished work again, with the weights of one profile. No decoding."""
 
@@ -359,7 +364,8 @@ class Replayer(Protocol):
     async def stop(self) -> None: ...
 
     async def replay(self, request: ReplayRequest) -> Replay:
-        """Raises: ValueError for token ids, lengths, parameters or a grammar that could never have been served."""
+        """Raises: ValueError for token ids, lengths or parameters that could never have been served, whatever the
+        machine; Unreplayable where another machine may do better."""
         ...
 
     async def embed(self, inputs: Sequence[tuple[int, ...]], dimensions: int) -> tuple[bytes, ...]:
@@ -965,10 +971,6 @@ class Court(Protocol):
         self, case_id: Digest, entry: Entry, index: int, siblings: Sequence[SumNode], receipt: WorkReceipt
     ) -> Mined:
         """Send the payer of a committed job its share of a slash. `receipt`: whose digest the entry holds."""
-        ...
-
-    async def collect(self, validator: Address) -> Mined:
-        """Send a validator its shares of slashes."""
         ...
 
 

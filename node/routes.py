@@ -7,11 +7,12 @@ of the two it is. Amounts are decimal strings of wei, digests 0x-hexadecimal, ti
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
 
-from incentives.ledger import Role
-from node.ports import Chain, ChainError, JobRow, MarketEntry, Marketplace, ReceiptRow, Store
+from incentives.ledger import Role, VerdictMade
+from node.ports import Chain, ChainError, JobRow, Kept, MarketEntry, Marketplace, ReceiptRow, Store
 from node.reference import CardOf, References
 from protocol.bundle import Bundle, Notch
 from protocol.bundle_json import Node, decode, document_json, encode, signed_json
@@ -20,7 +21,7 @@ from protocol.errors import TallyError
 from protocol.messages import Profile, Tariff
 from protocol.packing import packed_size, unpack
 from protocol.signing import recover_digest
-from protocol.units import ZERO_ADDRESS, Address, FinishReason, JobId
+from protocol.units import ZERO_ADDRESS, Address, AuditOutcome, FinishReason, JobId
 
 Route = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -33,7 +34,8 @@ class NotInJournal(TallyError):
 
 
 def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
-    """`receipts`, `bundle`, `job`, `facts`, `channels`, `jobs` (newest first), `job_bundle` and `tariff`."""
+    """`receipts`, `bundle`, `job`, `facts`, `channels`, `jobs` (newest first), `job_bundle`, `tariff`, `kept` and
+    `verdicts`."""
 
     async def receipts(params: dict[str, Any]) -> dict[str, Any]:
         role = Role(params["role"]) if params.get("role") else None
@@ -78,6 +80,17 @@ def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
         found, signature = await _tariff(store, bytes.fromhex(str(params["hash"]).removeprefix("0x")))
         return {"tariff": None if found is None else signed_json(found, signature)}
 
+    async def kept(params: dict[str, Any]) -> dict[str, Any]:
+        job_id = JobId(bytes.fromhex(str(params["job_id"]).removeprefix("0x")))
+        found = await store.kept(Role(params["role"]), job_id)
+        return {"kept": None if found is None else _kept_json(found)}
+
+    async def verdicts(params: dict[str, Any]) -> dict[str, Any]:
+        digits = str(params["case"]).removeprefix("0x").lower()
+        rows = [row.record for row in await store.verdicts(limit=int(params.get("limit", 1_000)))]
+        found = [record for record in rows if record.verdict.case_id.hex().startswith(digits)]
+        return {"verdicts": [_verdict_json(record) for record in reversed(found)]}
+
     return {
         "receipts": receipts,
         "bundle": bundle,
@@ -87,6 +100,36 @@ def journal_routes(store: Store, domain: Domain) -> dict[str, Route]:
         "jobs": jobs,
         "job_bundle": job_bundle,
         "tariff": tariff,
+        "kept": kept,
+        "verdicts": verdicts,
+    }
+
+
+def _kept_json(found: Kept) -> dict[str, Any]:
+    content = [piece.hex() for piece in found.content]
+    return {"salt": found.salt.hex(), "prompt": list(found.prompt), "content": content}
+
+
+def kept_of(answer: dict[str, Any]) -> Kept | None:
+    """The content of a `kept` answer; None when it is not kept here."""
+    found = answer["kept"]
+    if found is None:
+        return None
+    content = tuple(bytes.fromhex(piece) for piece in found["content"])
+    return Kept(bytes.fromhex(found["salt"]), tuple(found["prompt"]), content)
+
+
+def _verdict_json(record: VerdictMade) -> dict[str, Any]:
+    verdict = record.verdict
+    return {
+        "case": _hex(verdict.case_id),
+        "round": verdict.round,
+        "outcome": AuditOutcome(verdict.outcome).name,
+        "tokens": verdict.tokens,
+        "flags": verdict.flags,
+        "voids": verdict.voids,
+        "digest": _hex(record.digest),
+        "findings": json.loads(record.findings),
     }
 
 

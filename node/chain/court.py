@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from incentives.audit_draw import case_key
 from incentives.faults import Fault, Placed, Proof
 from node.chain.chain import Web3Chain
+from node.chain.contracts import checksum
 from node.ports import (
     CaseMember,
     CaseRecord,
@@ -76,10 +77,10 @@ def document_type(struct: Any) -> str:
 
 
 def words(document: Any) -> tuple[Any, ...]:
-    """A document's fields as the ABI takes them: addresses as 0x text."""
+    """A document's fields as the ABI takes them: addresses as checksummed text."""
     struct: Any = type(document)
     values = ((getattr(document, name), sol) for name, sol in fields_of(struct))
-    return tuple("0x" + value.hex() if sol == "address" else value for value, sol in values)
+    return tuple(checksum(value) if sol == "address" else value for value, sol in values)
 
 
 def entry_words(entry: Entry) -> tuple[bytes, bytes, int]:
@@ -283,9 +284,6 @@ class Web3Court:
         self, case_id: Digest, entry: Entry, index: int, siblings: Sequence[SumNode], receipt: WorkReceipt
     ) -> Mined:
         return await self._do("compensate", case_id, entry_words(entry), index, node_words(siblings), words(receipt))
-
-    async def collect(self, validator: Address) -> Mined:
-        return await self._do("collect", validator)
 
     # ----------------------------------------------------------------------------------------------------- inside
 

@@ -130,14 +130,19 @@ def _line(check: Check) -> str:
 
 def _bundle(session: Session, digest_or_file: str) -> Bundle:
     """From a file when there is one of that name, else from the journal."""
-    from protocol.bundle_json import decode
-
     path = Path(digest_or_file)
     looks_like_file = path.is_file() or "/" in digest_or_file or path.suffix == ".json"
     if not looks_like_file:
         from node.routes import bundle_of
 
         return bundle_of(_ask(session, session.load(), "bundle", digest=digest_or_file))
+    return read_bundle(path)
+
+
+def read_bundle(path: Path) -> Bundle:
+    """A file that `export` wrote. Raises: CommandFailed, MalformedBundle."""
+    from protocol.bundle_json import decode
+
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BUNDLE_BYTES + 1)

@@ -12,7 +12,6 @@ from typing import Final
 
 from incentives.audit_draw import beacon_of, case_key, is_forced, lot_of
 from incentives.committee import (
-    MIN_COMMITTEE,
     Decision,
     NotEnoughValidators,
     Vote,
@@ -72,7 +71,7 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A case; `rounds`: the seats of each. `found`, `decision`: of the last quorum. `pool`: wei for the victims."""
+    """`rounds`: the seats of each. `decision`: of the last count. `pool`: wei for the victims, of which `paid` went to them."""
 
     id: Digest
     provider: Address
@@ -88,6 +87,7 @@ class Case:
     was_forced: bool = False
     bond: int = 0
     pool: int = 0
+    paid: int = 0
     decision: Decision | None = None
 
 
@@ -152,7 +152,7 @@ def register_profile(state: State, k: CourtConstants, profile: Profile) -> None:
     """Court.registerProfile."""
     profile_id = hash_struct(profile)
     in_range = 0 < profile.flag_ppm <= MAX_FLAG_PPM
-    _need(in_range, "registerProfile", "FlagRateOutOfRange", flagPpm=profile.flag_ppm, most=MAX_FLAG_PPM)
+    _need(in_range, "registerProfile", "FlagRate", flagPpm=profile.flag_ppm)
     if not flag_ppm(state, profile_id):
         state.court["profile", profile_id] = profile.flag_ppm
         _log(state, k, "ProfileAccepted", ZERO_DIGEST, ZERO_ADDRESS, profileId=profile_id, flagPpm=profile.flag_ppm)
@@ -162,9 +162,9 @@ def enlist(state: State, k: CourtConstants, sender: Address) -> None:
     """Court.enlist."""
     stake = state.stakes.get(sender, 0)
     _need(sender not in validators(state), "enlist", "AlreadyEnlisted", validator=sender)
-    _need(sender in state.node_keys, "enlist", "NoNodeKey", wallet=sender)
+    _need(sender in state.node_keys, "enlist", "NotRegistered", wallet=sender)
     least = k.rules.validator_stake
-    _need(stake >= least, "enlist", "StakeTooLow", active=stake, needed=least)
+    _need(stake >= least, "enlist", "StakeTooLow", active=stake, minimum=least)
     state.court["validators"] = (*validators(state), sender)
     _log(state, k, "Enlisted", ZERO_DIGEST, sender)
 
@@ -185,16 +185,15 @@ def commit(state: State, k: CourtConstants, made: Commitment, signature: bytes) 
     """Court.commit: anybody may post what the provider's node key signed."""
     provider, profile_id, epoch = Address(made.provider), Digest(made.profile_id), int(made.epoch)
     key = case_key(provider, profile_id, epoch)
-    _need(flag_ppm(state, profile_id) > 0, "commit", "ProfileUnknown", profileId=profile_id)
+    _need(flag_ppm(state, profile_id) > 0, "commit", "UnknownProfile", profileId=profile_id)
     ends = (epoch + 1) * k.rules.epoch_seconds
-    _need(state.timestamp >= ends, "commit", "EpochNotOver", end=ends, nowSeconds=state.timestamp)
-    _need(commitment(state, key) is None, "commit", "AlreadyCommitted", key=key)
-    recovered = recover_digest(digest(k.domain, made), signature) or ZERO_ADDRESS
-    expected = state.node_keys.get(provider, ZERO_ADDRESS)
-    signed = recovered == expected != ZERO_ADDRESS
-    _need(signed, "commit", "BadSignature", expected=expected, recovered=recovered)
+    _need(state.timestamp >= ends, "commit", "EpochNotOver", endsAt=ends, nowSeconds=state.timestamp)
     empty = made.count == 0 and (made.root != ZERO_DIGEST or made.total != 0)
     _need(not empty, "commit", "EmptyTree")
+    _need(commitment(state, key) is None, "commit", "AlreadyCommitted", key=key)
+    recovered = recover_digest(digest(k.domain, made), signature) or ZERO_ADDRESS
+    signed = recovered != ZERO_ADDRESS and recovered == state.node_keys.get(provider)
+    _need(signed, "commit", "NotTheProviders", recovered=recovered, provider=provider)
     previous = state.court.get(("last", provider, profile_id), ZERO_DIGEST)
     earlier = state.court.get(("jobs", provider, profile_id), 0)
     record = CommitmentRecord(
@@ -221,12 +220,11 @@ def draw(state: State, k: CourtConstants, key: Digest) -> None:
     """Court.draw."""
     made = commitment(state, key)
     if made is None:
-        raise ContractReverted("draw", "NotCommitted", {"key": key})
-    record, drawn = made.record, case(state, key)
+        raise ContractReverted("draw", "UnknownCommitment", {"key": key})
+    record, first = made.record, made.record.block + 2
+    _need(case(state, key) is None, "draw", "AlreadyDrawn", key=key)
     _need(record.count > 0, "draw", "NothingToJudge", key=key)
-    if drawn is not None:
-        raise ContractReverted("draw", "WrongState", {"state": int(drawn.state)})
-    _need(k.block >= record.block + 2, "draw", "TooEarlyToDraw", blockNumber=k.block, first=record.block + 2)
+    _need(k.block >= first, "draw", "TooEarlyToDraw", drawableAt=first, blockNumber=k.block)
     beacon = beacon_of(k.hash_of(record.block + 1 if k.block - record.block <= 257 else k.block - 1), key)
     state.court["commitment", key] = replace(made, record=replace(record, beacon=beacon))
     fresh = Case(key, record.provider, record.profile_id, record.epoch, CaseState.SUBMIT, 0, 0, ())
@@ -246,9 +244,7 @@ def _opened(state: State, k: CourtConstants, old: Case, round_: int) -> Case:
     try:
         members = draw_committee(made.record.beacon, round_, eligible, k.rules.committees[round_], before)
     except NotEnoughValidators as exc:
-        raise ContractReverted(
-            "draw", "NotEnoughValidators", {"eligible": exc.eligible, "needed": MIN_COMMITTEE}
-        ) from exc
+        raise ContractReverted("draw", "NotEnoughValidators", {"eligible": exc.eligible}) from exc
     seats = tuple(Seat(member) for member in members)
     until = state.timestamp + k.rules.submit_window
     if round_:
@@ -263,26 +259,25 @@ def _store(state: State, changed: Case) -> None:
 # ------------------------------------------------------------------------------------------------- submit and reveal
 
 
-def _known(state: State, k: CourtConstants, action: str, case_id: Digest, wanted: CaseState) -> Case:
-    """The case as it stands now, which must be in this state: a submit window that is over reads as REVEAL."""
+def _known(state: State, k: CourtConstants, action: str, case_id: Digest) -> Case:
+    """The case as it stands now: a submit window that is over became the reveal window."""
     found = case(state, case_id)
-    if found is not None and found.state is CaseState.SUBMIT and state.timestamp >= found.until:
-        found = replace(found, state=CaseState.REVEAL, until=found.until + k.rules.reveal_window)
-    if found is None or found.state is not wanted:
-        now = CaseState.NONE if found is None else found.state
-        raise ContractReverted(action, "WrongState", {"state": int(now)})
+    if found is None:
+        raise ContractReverted(action, "UnknownCase", {"caseId": case_id})
+    if found.state is CaseState.SUBMIT and state.timestamp >= found.until:
+        return replace(found, state=CaseState.REVEAL, until=found.until + k.rules.reveal_window)
     return found
 
 
-def _in_window(state: State, action: str, found: Case) -> None:
-    _need(state.timestamp < found.until, action, "WindowOver", until=found.until, nowSeconds=state.timestamp)
+def _its_time(is_its_time: bool, action: str, found: Case) -> None:
+    _need(is_its_time, action, "WrongPhase", state=int(found.state), until=found.until)
 
 
 def _seat(found: Case, action: str, sender: Address) -> tuple[int, Seat]:
     for index, seat in enumerate(found.rounds[-1]):
         if seat.validator == sender:
             return index, seat
-    raise ContractReverted(action, "NotMember", {"caller": sender})
+    raise ContractReverted(action, "NotAMember", {"validator": sender})
 
 
 def _with_seat(found: Case, index: int, seat: Seat) -> Case:
@@ -292,10 +287,11 @@ def _with_seat(found: Case, index: int, seat: Seat) -> Case:
 
 def submit(state: State, k: CourtConstants, sender: Address, case_id: Digest, verdict_digest: Digest) -> None:
     """Court.submit."""
+    found = _known(state, k, "submit", case_id)
+    _its_time(found.state is CaseState.SUBMIT, "submit", found)
     _need(verdict_digest != ZERO_DIGEST, "submit", "ZeroDigest")
-    found = _known(state, k, "submit", case_id, CaseState.SUBMIT)
     index, seat = _seat(found, "submit", sender)
-    _need(seat.submitted == ZERO_DIGEST, "submit", "WrongSeat", status=1)
+    _need(seat.submitted == ZERO_DIGEST, "submit", "AlreadySubmitted", validator=sender)
     found = _with_seat(found, index, replace(seat, submitted=verdict_digest))
     if all(item.submitted != ZERO_DIGEST for item in found.rounds[-1]):
         found = replace(found, state=CaseState.REVEAL, until=state.timestamp + k.rules.reveal_window)
@@ -305,15 +301,14 @@ def submit(state: State, k: CourtConstants, sender: Address, case_id: Digest, ve
 
 def reveal(state: State, k: CourtConstants, sender: Address, verdict: Verdict) -> None:
     """Court.reveal."""
-    found = _known(state, k, "reveal", Digest(verdict.case_id), CaseState.REVEAL)
-    _in_window(state, "reveal", found)
-    _need(verdict.round == found.round, "reveal", "WrongRound", got=verdict.round, current=found.round)
+    found = _known(state, k, "reveal", Digest(verdict.case_id))
+    _its_time(found.state is CaseState.REVEAL and state.timestamp < found.until, "reveal", found)
     index, seat = _seat(found, "reveal", sender)
-    _need(seat.submitted != ZERO_DIGEST and seat.verdict is None, "reveal", "WrongSeat", status=2 * bool(seat.verdict))
-    got = digest(k.domain, verdict)
-    mine = verdict.validator == sender and got == seat.submitted
-    _need(mine, "reveal", "WrongDigest", got=got, committed=seat.submitted)
-    _need(not contradicts_itself(verdict, flag_ppm(state, found.profile_id)), "reveal", "Contradiction")
+    _need(seat.verdict is None, "reveal", "AlreadyRevealed", validator=sender)
+    mine = verdict.validator == sender and verdict.round == found.round
+    _need(mine and digest(k.domain, verdict) == seat.submitted, "reveal", "NotWhatWasSubmitted", validator=sender)
+    wrong = contradicts_itself(verdict, flag_ppm(state, found.profile_id))
+    _need(not wrong, "reveal", "ContradictsItself", outcome=verdict.outcome)
     _store(state, _with_seat(found, index, replace(seat, verdict=verdict)))
     numbers = {name: getattr(verdict, name) for name in ("round", "outcome", "tokens", "flags", "voids", "gaps")}
     _log(state, k, "Revealed", found.id, sender, **numbers)
@@ -331,11 +326,10 @@ def _votes(seats: Iterable[Seat]) -> list[Vote]:
 
 def conclude(state: State, k: CourtConstants, case_id: Digest) -> None:
     """Court.conclude."""
-    found = _known(state, k, "conclude", case_id, CaseState.REVEAL)
+    found = _known(state, k, "conclude", case_id)
     seats = found.rounds[-1]
     told = all(seat.verdict is not None for seat in seats if seat.submitted != ZERO_DIGEST)
-    is_over = state.timestamp >= found.until or told
-    _need(is_over, "conclude", "WindowOpen", until=found.until, nowSeconds=state.timestamp)
+    _its_time(found.state is CaseState.REVEAL and (told or state.timestamp >= found.until), "conclude", found)
     for seat in seats:
         if seat.verdict is None:
             _credit(state, k, found, seat.validator, 0)
@@ -398,10 +392,17 @@ def _bond_back(state: State, found: Case) -> Case:
 # ----------------------------------------------------------------------------------------- answer, appeal, execute
 
 
+def _accused(state: State, k: CourtConstants, action: str, sender: Address, case_id: Digest) -> Case:
+    """The case, in its answer window, called by its accused."""
+    found = _known(state, k, action, case_id)
+    _its_time(found.state is CaseState.ANSWER and state.timestamp < found.until, action, found)
+    _need(found.provider == sender, action, "NotTheAccused", caller=sender, provider=found.provider)
+    return found
+
+
 def answer(state: State, k: CourtConstants, sender: Address, case_id: Digest, secret: bytes) -> None:
     """Court.answer: the error was forced by the commitment before."""
-    found = _known(state, k, "answer", case_id, CaseState.ANSWER)
-    _in_window(state, "answer", found)
+    found = _accused(state, k, "answer", sender, case_id)
     made = commitment(state, case_id)
     assert made is not None
     before = commitment(state, made.previous)
@@ -416,10 +417,8 @@ def answer(state: State, k: CourtConstants, sender: Address, case_id: Digest, se
 
 def appeal(state: State, k: CourtConstants, sender: Address, case_id: Digest) -> None:
     """Court.appeal."""
-    found = _known(state, k, "appeal", case_id, CaseState.ANSWER)
-    _in_window(state, "appeal", found)
-    _need(found.provider == sender, "appeal", "NotAccused", caller=sender, accused=found.provider)
-    _need(found.round + 1 < len(k.rules.committees), "appeal", "LastRound")
+    found = _accused(state, k, "appeal", sender, case_id)
+    _need(found.round + 1 < len(k.rules.committees), "appeal", "NoFurtherRound", round=found.round)
     bond = k.rules.appeal_bond
     _need(state.tally.get(sender, 0) >= bond, "appeal", "TransferFromFailed")
     state.tally[sender] -= bond
@@ -430,9 +429,8 @@ def appeal(state: State, k: CourtConstants, sender: Address, case_id: Digest) ->
 
 def execute(state: State, k: CourtConstants, case_id: Digest) -> None:
     """Court.execute: the slash, its bounty split between the credited members and the victims."""
-    found = _known(state, k, "execute", case_id, CaseState.ANSWER)
-    is_over = state.timestamp >= found.until
-    _need(is_over, "execute", "WindowOpen", until=found.until, nowSeconds=state.timestamp)
+    found = _known(state, k, "execute", case_id)
+    _its_time(found.state is CaseState.ANSWER and state.timestamp >= found.until, "execute", found)
     found = _settled(state, k, found)
     whole = state.stakes.get(found.provider, 0) + state.unbonding.get(found.provider, (0, 0))[0]
     taken = slash(state, found.provider, whole * SLASH_BPS[found.outcome] // BPS)
@@ -440,8 +438,7 @@ def execute(state: State, k: CourtConstants, case_id: Digest) -> None:
     members = [seat.validator for seat in found.rounds[-1] if seat.credited]
     share = bounty // 2 // len(members) if members else 0
     for member in members:
-        state.court["owed", member] = state.court.get(("owed", member), 0) + share
-        _pay(state, COURT, share)
+        _pay(state, member, share)
     pool = bounty - bounty // 2
     _pay(state, COURT, pool)
     if found.bond:
@@ -460,33 +457,23 @@ def compensate(
     receipt: WorkReceipt,
 ) -> None:
     """Court.compensate: a committed job's payer takes its share of the pool, once."""
-    found, made = _known(state, k, "compensate", case_id, CaseState.CLOSED), commitment(state, case_id)
+    found, made = _known(state, k, "compensate", case_id), commitment(state, case_id)
     assert made is not None
+    _need(found.pool > found.paid, "compensate", "NothingToPay")
     root = SumNode(made.record.root, made.record.total)
     inside = merkle.verify(entry, index, made.record.count, siblings, root)
-    _need(inside, "compensate", "NotInTree")
-    got = digest(k.domain, receipt)
-    _need(got == entry.receipt, "compensate", "WrongReceipt", got=got, committed=entry.receipt)
+    _need(inside and digest(k.domain, receipt) == entry.receipt, "compensate", "NotInTheTree")
     _need(("paid", case_id, index) not in state.court, "compensate", "AlreadyCompensated", index=index)
-    _need(found.pool > 0 and made.record.total > 0, "compensate", "NothingLeft", caseId=case_id)
     channel = state.channels.get(ChannelKey(found.provider, Address(receipt.client)))
     if channel is None:
         raise ContractReverted("compensate", "NoPayer", {"client": Address(receipt.client)})
     payer = channel.owner
-    amount = min(entry.amount, found.pool * entry.amount // made.record.total)
+    amount = min(entry.amount, found.pool * entry.amount // made.record.total, found.pool - found.paid)
     state.court["paid", case_id, index] = True
+    _store(state, replace(found, paid=found.paid + amount))
     state.tally[COURT] -= amount
     _pay(state, payer, amount)
     _log(state, k, "Compensated", case_id, payer, amount=amount, index=index)
-
-
-def collect(state: State, k: CourtConstants, validator: Address) -> None:
-    """Court.collect."""
-    amount = state.court.pop(("owed", validator), 0)
-    state.tally[COURT] = state.tally.get(COURT, 0) - amount
-    _pay(state, validator, amount)
-    if amount:
-        _log(state, k, "Collected", ZERO_DIGEST, validator, amount=amount)
 
 
 # ---------------------------------------------------------------------------------------------------- objective faults

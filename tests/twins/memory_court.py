@@ -169,9 +169,6 @@ class MemoryCourt:
             "compensate", lambda s, k, me: contract.compensate(s, k, case_id, entry, index, path, receipt)
         )
 
-    async def collect(self, validator: Address) -> Mined:
-        return await self._send("collect", lambda s, k, me: contract.collect(s, k, validator))
-
     # ---------------------------------------------------------------------------------------------------- inside
 
     def _state(self, *, confirmed: bool = False) -> State:

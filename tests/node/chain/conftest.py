@@ -17,7 +17,7 @@ def lab(request: pytest.FixtureRequest) -> ChainLab:
     return found
 
 
-@pytest.fixture(params=["memory"])
+@pytest.fixture(params=["memory", pytest.param("anvil", marks=pytest.mark.slow)])
 def court_lab(request: pytest.FixtureRequest) -> CourtLab:
     """The chain whose Court is under test."""
     found: CourtLab = request.getfixturevalue(f"{request.param}_lab")

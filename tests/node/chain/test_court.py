@@ -40,7 +40,7 @@ async def test_validators_enlist_with_stake_and_a_key_and_retire(court_lab: Cour
     await refused("AlreadyEnlisted", first.court.enlist())
     stranger = await court_lab.account()
     node = await court_lab.node(stranger)
-    await refused("NoNodeKey", court_lab.court(node).enlist())
+    await refused("NotRegistered", court_lab.court(node).enlist())
     await first.court.retire()
     assert await bench.court.validators() == (second.address,)
     await refused("NotEnlisted", first.court.retire())
@@ -70,7 +70,7 @@ async def test_a_draw_waits_for_its_beacon_and_seats_a_committee(court_lab: Cour
     bench = await CourtBench(court_lab).open()
     key = await bench.commit()
     await refused("TooEarlyToDraw", bench.court.draw(key))
-    await refused("NotCommitted", bench.court.draw(Digest(b"\x01" * 32)))
+    await refused("UnknownCommitment", bench.court.draw(Digest(b"\x01" * 32)))
     assert await bench.court.case(key) is None
     await court_lab.mine(2)
     await bench.court.draw(key)
@@ -81,7 +81,7 @@ async def test_a_draw_waits_for_its_beacon_and_seats_a_committee(court_lab: Cour
     assert case.until == await bench.timestamp() + bench.rules.submit_window
     record = await bench.court.commitment(key)
     assert record is not None and record.beacon != ZERO_DIGEST
-    await refused("WrongState", bench.court.draw(key))
+    await refused("AlreadyDrawn", bench.court.draw(key))
 
 
 async def test_two_validators_are_no_committee(court_lab: CourtLab) -> None:
@@ -98,18 +98,18 @@ async def test_verdicts_are_committed_to_before_any_is_seen(court_lab: CourtLab)
     outsider = next(player for player in bench.validators if player not in members)
     found = [verdict(player, key, AuditOutcome.PASS) for player in members]
     digests = [digest(bench.court.domain, item) for item in found]
-    await refused("NotMember", outsider.court.submit(key, digests[0]))
+    await refused("NotAMember", outsider.court.submit(key, digests[0]))
     await members[0].court.submit(key, digests[0])
-    await refused("WrongSeat", members[0].court.submit(key, digests[0]))
-    await refused("WrongState", members[0].court.reveal(found[0]))
+    await refused("AlreadySubmitted", members[0].court.submit(key, digests[0]))
+    await refused("WrongPhase", members[0].court.reveal(found[0]))
     for player, named in zip(members[1:], digests[1:], strict=True):
         await player.court.submit(key, named)
     case = await bench.case(key)
     assert case.state is CaseState.REVEAL, "all have submitted"
     assert [member.submitted for member in case.members] == digests
     other = verdict(members[0], key, AuditOutcome.FORGED)
-    await refused("WrongDigest", members[0].court.reveal(other))
-    await refused("WindowOpen", bench.court.conclude(key))
+    await refused("NotWhatWasSubmitted", members[0].court.reveal(other))
+    await refused("WrongPhase", bench.court.conclude(key))
     for player, item in zip(members, found, strict=True):
         await player.court.reveal(item)
     assert [member.verdict for member in (await bench.case(key)).members] == found
@@ -128,7 +128,7 @@ async def test_a_verdict_that_contradicts_its_own_numbers_is_not_taken(court_lab
     lies = [verdict(player, key, AuditOutcome.PASS, flags=30, worst_flags=30) for player in members]
     for player, item in zip(members, lies, strict=True):
         await player.court.submit(key, digest(bench.court.domain, item))
-    await refused("Contradiction", members[0].court.reveal(lies[0]))
+    await refused("ContradictsItself", members[0].court.reveal(lies[0]))
 
 
 async def test_the_guilty_are_slashed_after_the_answer_window(court_lab: CourtLab) -> None:
@@ -136,19 +136,18 @@ async def test_the_guilty_are_slashed_after_the_answer_window(court_lab: CourtLa
     key = await bench.drawn()
     case = await bench.judge(key, AuditOutcome.IMPROBABLE)
     assert (case.state, case.outcome) == (CaseState.ANSWER, AuditOutcome.IMPROBABLE)
-    await refused("WindowOpen", bench.court.execute(key))
+    await refused("WrongPhase", bench.court.execute(key))
     await refused("NotForced", bench.court.answer(key, b"\x07" * 32))
     await bench.until(case.until)
+    member = (await bench.members(key))[0]
+    before = await member.node.token_balance(member.address)
     await bench.validators[0].court.execute(key)
     case = await bench.case(key)
     assert (case.state, case.slashed) == (CaseState.CLOSED, STAKE)
     assert await bench.provider.stake() == 0
-    member = (await bench.members(key))[0]
-    before = await member.node.token_balance(member.address)
-    await member.court.collect(member.address)
     bounty = STAKE // 10
     assert await member.node.token_balance(member.address) == before + bounty // 2 // 3
-    await refused("WrongState", bench.court.execute(key))
+    await refused("WrongPhase", bench.court.execute(key))
 
 
 async def test_what_is_withheld_costs_a_tenth(court_lab: CourtLab) -> None:
@@ -194,7 +193,7 @@ async def test_the_accused_may_appeal_for_a_bond(court_lab: CourtLab) -> None:
     bench = await CourtBench(court_lab).open(validators=4)
     key = await bench.drawn()
     await bench.judge(key, AuditOutcome.IMPROBABLE)
-    await refused("NotAccused", bench.validators[0].court.appeal(key))
+    await refused("NotTheAccused", bench.validators[0].court.appeal(key))
     before = await bench.provider.node.token_balance(bench.provider.address)
     await bench.court.appeal(key)
     bond = bench.rules.appeal_bond
