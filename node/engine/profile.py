@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from node.engine.spec import ModelError, ModelSpec, load_spec, read_json, weight_files
+from node.engine.thresholds import thresholds_of
 from protocol.card import special_policy_hash
 from protocol.messages import Profile
 from protocol.sampling import SAMPLER_VERSION
@@ -25,18 +26,6 @@ the profile. A change that moves logits needs a new name."""
 
 GRAMMAR_RULES: Final = "2"
 """Names what grammar.py asks of its library; with the library's version it is part of the sampler's hash."""
-
-MARGIN_MILLI: Final = 100
-"""A margin above 0.1 logits flags a token. Unit: logits x 1000."""
-
-LOGPROB_MICRO: Final = 20_000
-"""A log-probability further than 0.02 from the replay's flags a token. Unit: nats x 1e6."""
-
-PROJECTION_MICRO: Final = 30_000
-"""A projected hidden state further than 3 % from the replay's flags a token. Unit: relative distance x 1e6."""
-
-FLAG_PPM: Final = 1_000
-"""Flag rate granted to honest work, per million tokens: eight times the 1.2e-4 measured between bf16 kernels."""
 
 DTYPES: Final = ("auto", "bf16", "fp32")
 
@@ -90,9 +79,11 @@ def profile_of(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Pro
     spec = load_spec(model_dir)
     reasoning_start, reasoning_end = reasoning_ids(model_dir)
     total = stored_parameters(weight_files(model_dir))
-    kind = Digest(_sha256(resolve_dtype(dtype, total, device).encode()))
+    resolved = resolve_dtype(dtype, total, device)
+    kind, weights = Digest(_sha256(resolved.encode())), weights_root(model_dir)
+    limits = thresholds_of(model_dir, resolved, "0x" + weights.hex(), versions())
     return Profile(
-        weights_root=_weights_root(model_dir),
+        weights_root=weights,
         tokenizer_hash=_tokenizer_hash(model_dir),
         chat_template_hash=Digest(_sha256(chat_template(model_dir).encode())),
         special_policy_hash=special_policy_hash(special_tokens(model_dir), spec.eos_ids),
@@ -100,16 +91,21 @@ def profile_of(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Pro
         kv_dtype_hash=kind,
         engine_hash=Digest(_sha256(ENGINE_VERSION.encode())),
         sampler_hash=Digest(_sha256(f"{SAMPLER_VERSION} {grammar_version()}".encode())),
-        margin_milli=MARGIN_MILLI,
-        logprob_micro=LOGPROB_MICRO,
-        projection_micro=PROJECTION_MICRO,
-        flag_ppm=FLAG_PPM,
+        margin_milli=limits.margin_milli,
+        logprob_micro=limits.logprob_micro,
+        projection_micro=limits.projection_micro,
+        flag_ppm=limits.flag_ppm,
         active_parameters=total - spec.idle_parameters,
         total_parameters=total,
         reasoning_start=reasoning_start,
         reasoning_end=reasoning_end,
         **_shape(spec),
     )
+
+
+def versions() -> dict[str, str]:
+    """What a calibration holds for, beside weights and dtype."""
+    return {"engine": ENGINE_VERSION, "sampler": SAMPLER_VERSION}
 
 
 def grammar_version() -> str:
@@ -159,7 +155,7 @@ def _file_sha256(path: Path) -> bytes:
     return digest.digest()
 
 
-def _weights_root(model_dir: Path) -> Digest:
+def weights_root(model_dir: Path) -> Digest:
     """SHA-256 over (SHA-256 of name || SHA-256 of content) of weight files and the configs that steer them."""
     files = [*weight_files(model_dir), model_dir / "config.json"]
     generation = model_dir / "generation_config.json"

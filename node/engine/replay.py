@@ -34,7 +34,7 @@ from node.engine.sampler import FP16_MAX, Draw, Sampler
 from node.engine.scheduler import routing_bytes
 from node.engine.spec import load_spec, weight_files
 from node.engine.weights import TORCH_DTYPES
-from node.ports import EngineRequest, Replay, ReplayRequest, Urgency
+from node.ports import EngineRequest, Replay, ReplayRequest, Unreplayable, Urgency
 from protocol.errors import LocalProtocolError
 from protocol.messages import Profile
 from protocol.options import Syntax
@@ -128,17 +128,23 @@ class TorchReplayer:
         self._decoder = self._sampler = None
 
     async def replay(self, request: ReplayRequest) -> Replay:
-        """Raises: ValueError for what could never have been served; EngineError when not running or stopped."""
+        """Raises: ValueError for what could never have been served; Unreplayable for a grammar that does not compile
+        here, within limits of time that a faster machine keeps; EngineError when not running or stopped."""
         self._check(request)
         matcher = None
         if request.options.syntax is not Syntax.NONE and request.rows:
             continued = request.prompt[len(request.prompt) - request.options.continued :]
-            matcher = await self._grammars.matcher(request.options, continued)
+            try:
+                matcher = await self._grammars.matcher(request.options, continued)
+            except ValueError as exc:
+                raise Unreplayable(f"its grammar cannot be followed on this machine: {exc}") from exc
         return await self._in_thread(self._replay, request, matcher)
 
     async def embed(self, inputs: Sequence[tuple[int, ...]], dimensions: int) -> tuple[bytes, ...]:
-        """As Engine.embed. Raises: ValueError; EngineError when not running or stopped."""
-        check_inputs(inputs, dimensions, self._spec, self._context)
+        """As Engine.embed. Raises: ValueError; EngineError when not running or stopped, or the text is too long for
+        this memory."""
+        check_inputs(inputs, dimensions, self._spec, self._spec.max_positions)
+        self._check_room(max(map(len, inputs)))
         return await self._in_thread(self._embed, inputs, dimensions)
 
     async def _in_thread(self, work: Callable[..., _T], *given: object) -> _T:
@@ -174,7 +180,10 @@ class TorchReplayer:
             lengths = (len(row.logprob), len(row.projection), len(row.routing))
             if lengths[:2] != (LOGPROB_BYTES, PROJECTION_BYTES) or lengths[2] not in (0, ROUTING_BYTES):
                 raise ValueError(f"a token's record has fields of {lengths} bytes")
-        length = len(prompt) + len(request.rows)
+        self._check_room(len(prompt) + len(request.rows))
+
+    def _check_room(self, length: int) -> None:
+        """Raises: EngineError."""
         if length > self._context:
             raise EngineError(
                 f"a text of {length} tokens, and the KV budget holds {self._context}; nothing was judged: raise it"
@@ -298,7 +307,7 @@ def _distance(claimed: bytes, ours: _Floats) -> _Floats:
     """How far each of our numbers is from those that round to the fp16 numbers claimed; no number is infinitely far."""
     said = np.frombuffer(claimed, ">f2").astype(np.float16)
     with np.errstate(invalid="ignore"):
-        rounding = np.abs(np.spacing(said).astype(np.float64)) / 2
+        rounding = np.spacing(np.abs(said)).astype(np.float64) / 2  # numpy's spacing looks upwards, not outwards
     held = np.clip(ours.astype(np.float64), -FP16_MAX, FP16_MAX)
     away = np.maximum(np.abs(said.astype(np.float64) - held) - rounding, 0)
     return np.where(np.isfinite(said) & np.isfinite(held), away, np.inf)

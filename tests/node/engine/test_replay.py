@@ -13,20 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from node.engine.compiled import kernels_for, make_sampler
 from node.engine.engine import TorchEngine
 from node.engine.generation import EngineError
+from node.engine.grammar import Grammars
 from node.engine.replay import GAP_MAX, TorchReplayer, _distance
 from node.engine.sampler import Draw
 from node.engine.spec import load_spec
-from node.ports import EngineRequest, Replay, ReplayRequest, Sampling, Urgency
+from node.ports import EngineRequest, Replay, ReplayRequest, Sampling, Unreplayable, Urgency
 from protocol import sampling
 from protocol.errors import LocalProtocolError
 from protocol.options import JobOptions, Syntax
-from protocol.transcript import Row
+from protocol.transcript import Row, pack_fp16, unpack_fp16
 from tests.node.engine.conftest import StartEngine
 from tests.node.engine.lab import GREEDY, PAYER, WARM, Lab, ask, ids, seed
 from tests.node.engine.models import SHIPPED
@@ -120,14 +121,16 @@ def test_margins_and_gaps_are_those_of_the_protocols_reference(
             assert float(found[i, 1]) == pytest.approx(scores[0] - scores[1], abs=2e-5)
 
 
-@given(claimed=st.floats(-60_000, 60_000, width=16), away=st.floats(0.51, 40))
-def test_a_number_is_as_far_as_rounding_does_not_explain(claimed: float, away: float) -> None:
-    step = abs(float(np.spacing(np.float16(claimed))))
-    raw = np.array([claimed], ">f2").tobytes()
-    assert _distance(raw, np.array([claimed]))[0] == 0
-    assert _distance(raw, np.array([claimed + 0.49 * step]))[0] == 0
-    off = np.clip(claimed + away * step, -65504, 65504)
-    assert _distance(raw, np.array([off]))[0] == pytest.approx(max(0, abs(off - claimed) - step / 2))
+@given(number=st.floats(-60_000, 60_000, width=32))
+@example(-8.0034)  # rounds to a power of two, where numbers outwards are twice as far apart as inwards
+def test_rounding_alone_is_no_distance(number: float) -> None:
+    raw = pack_fp16([number])
+    assert _distance(raw, np.array([number]))[0] == 0
+    (claimed,) = unpack_fp16(raw)
+    step = math.ulp(abs(claimed)) * 2.0**42 if abs(claimed) >= 2.0**-14 else 2.0**-24
+    off = claimed + math.copysign(20 * step, claimed)
+    if abs(off) < 65_000:
+        assert _distance(raw, np.array([off]))[0] == pytest.approx(19.5 * step)
 
 
 def test_no_number_is_infinitely_far() -> None:
@@ -318,6 +321,24 @@ async def test_what_could_never_have_been_served_is_refused(start_replayer: Star
     small = await start_replayer(max_context=12)
     with pytest.raises(EngineError, match="nothing was judged"):
         await small.replay(good)
+
+
+async def test_what_another_machine_may_do_is_held_against_nobody(
+    start_replayer: StartReplayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow validator, or one of little memory, must not call an honest job forged."""
+    replayer = await start_replayer("shipped")
+    options = JobOptions(syntax=Syntax.JSON_SCHEMA, grammar='{"type": "integer"}')
+
+    async def too_slow(self: Grammars, source: str) -> None:
+        raise ValueError("it takes too much time or memory to compile; simplify it")
+
+    monkeypatch.setattr(Grammars, "_check", too_slow)
+    with pytest.raises(Unreplayable, match="this machine"):
+        await replayer.replay(again(ask(1, 10, 5, options=options), (Row(5, b"\0\0", bytes(16)),)))
+    small = await start_replayer(max_context=12)
+    with pytest.raises(EngineError, match="nothing was judged"):
+        await small.embed([ids(1, 40)], 16)
 
 
 async def test_a_job_without_output_gives_nothing(start_replayer: StartReplayer) -> None:
