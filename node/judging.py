@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from incentives.verdicts import JobFinding, judge_output
-from node.ports import Replay, Replayer, ReplayRequest, Sampling
+from node.ports import Replay, Replayer, ReplayRequest, Sampling, Unreplayable
 from protocol.dossier import Examined
 from protocol.messages import Profile
 from protocol.transcript import Row
@@ -45,7 +45,8 @@ def withheld(job_id: JobId, why: str) -> JobFinding:
 
 
 async def judge(job_id: JobId, job: Examined, profile: Profile, replayer: Replayer) -> Judged:
-    """What the replay of a job finds. Of a private job its documents are all there is to look at: PASS.
+    """What the replay of a job finds. Of a private job, or of one that this machine alone may be too slow for, its
+    documents are all there is to look at: PASS.
 
     Raises: TallyError when this machine cannot replay it; then there is no finding.
     """
@@ -56,6 +57,8 @@ async def judge(job_id: JobId, job: Examined, profile: Profile, replayer: Replay
             return await _judge_output(job_id, job, profile, replayer)
         if job.vectors:
             return Judged(await _judge_vectors(job_id, job, profile, replayer))
+    except Unreplayable as exc:
+        return Judged(JobFinding(job_id, AuditOutcome.PASS, detail=f"only its documents were looked at: {exc}"))
     except ValueError as exc:
         return Judged(forged(job_id, f"no such job can have been served: {exc}"))
     return Judged(JobFinding(job_id, AuditOutcome.PASS, detail="nothing was delivered"))
