@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -25,7 +26,7 @@ DEFAULT_HOME: Final = Path(".devnet")
 
 @click.group()
 def devnet() -> None:
-    """A whole market on this machine: chain, contracts, two providers, a gateway. Test money, loopback only."""
+    """A whole market on this machine: chain, contracts, providers, validators, a gateway. Test money, loopback only."""
 
 
 _home = click.option(
@@ -40,15 +41,17 @@ _home = click.option(
 @devnet.command()
 @_home
 @click.option("--providers", type=click.IntRange(1, 8), default=2, show_default=True)
+@click.option("--validators", type=click.IntRange(0, 8), default=4, show_default=True, help="0, or 3 and more.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8411, show_default=True, help="Gateway; 0 takes any.")
 @click.option("--model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Model directory.")
-def up(home: Path, providers: int, port: int, model: Path | None) -> None:
+def up(home: Path, providers: int, validators: int, port: int, model: Path | None) -> None:
     """Start everything and keep it running until Ctrl-C; prints URL, key and a curl line."""
     from devnet.cluster import MODEL_DIR, Cluster, ClusterOptions
 
     _refuse_second(home)
-    options = ClusterOptions(home.absolute(), providers, gateway_port=port, model_dir=(model or MODEL_DIR).absolute())
-    click.echo("starting chain, contracts, providers and gateway ...", err=True)
+    served = (model or MODEL_DIR).absolute()
+    options = ClusterOptions(home.absolute(), providers, validators, gateway_port=port, model_dir=served)
+    click.echo("starting chain, contracts, providers, gateway and validators ...", err=True)
 
     async def serve() -> None:
         stop = asyncio.Event()
@@ -75,7 +78,13 @@ def up(home: Path, providers: int, port: int, model: Path | None) -> None:
 
 
 async def _enter(cluster: Cluster) -> Cluster:
-    return await cluster.__aenter__()
+    await cluster.__aenter__()
+    try:
+        await cluster.validators_ready()
+    except BaseException:
+        await cluster.__aexit__(None, None, None)
+        raise
+    return cluster
 
 
 def _announce(cluster: Cluster) -> None:
@@ -86,7 +95,7 @@ def _announce(cluster: Cluster) -> None:
         "pid": os.getpid(),
         "url": cluster.url,
         "rpc_url": cluster.anvil.rpc_url,
-        "processes": {node.name: node.pid for node in (*cluster.providers, cluster.gateway)},
+        "processes": {node.name: node.pid for node in cluster.nodes},
     }
     (cluster.home / "devnet.json").write_text(json.dumps(facts, indent=1) + "\n")
     click.echo(f"URL  {cluster.url}\nKEY  {cluster.api_key}\nRPC  {cluster.anvil.rpc_url}\n")
@@ -166,7 +175,7 @@ def down(home: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 @click.option("--home", type=click.Path(path_type=Path, file_okay=False), help="Keep chain, journals and logs there.")
 def demo(as_json: bool, home: Path | None) -> None:
-    """Run 24 jobs, hang up on one, kill a provider in the middle of another, settle, and check every wei."""
+    """Run 28 jobs, kill a provider in the middle of one, catch a cheat and a liar, settle, and check every wei."""
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="tally-demo-") as scratch:
@@ -175,7 +184,7 @@ def demo(as_json: bool, home: Path | None) -> None:
         click.echo(json.dumps(_as_json(result)))
     else:
         _print_result(result)
-    if not (result.conservation_ok and result.failover_text_identical and result.jobs_failed == 0):
+    if not result.good:
         sys.exit(1)
 
 
@@ -246,8 +255,17 @@ def _print_result(result: DemoResult) -> None:
         f"{result.receipts_signed} receipts signed, {result.receipts_acknowledged} acknowledged;"
         f" {tally(result.settled_wei)} TALLY settled at {result.gas_per_pair:,} gas a pair"
     )
-    _verdict(console, "every wei accounted for", result.conservation_ok)
+    _print_cases(console, result)
+    _print_exhibits(console, result)
+    _print_stakes(console, result)
+    console.print(
+        f"all audits together computed {result.audit_cost_ratio:.2f} of what the jobs did; 3 or 4 looked at each"
+    )
+    _verdict(console, "every wei accounted for, earnings, fees and stakes", result.conservation_ok)
     _verdict(console, "the text of the killed stream equals the undisturbed one", result.failover_text_identical)
+    caught = result.cheaters_slashed == result.cheaters
+    _verdict(console, f"{result.cheaters_slashed} of {result.cheaters} cheaters lost stake on chain", caught)
+    _verdict(console, f"{result.honest_slashed} honest parties lost any", result.honest_slashed == 0)
     for problem in result.problems:
         console.print(f"  [red]{problem}[/red]")
     console.print(f"{result.seconds:.1f} s")
@@ -255,3 +273,66 @@ def _print_result(result: DemoResult) -> None:
 
 def _verdict(console: Any, what: str, good: bool) -> None:
     console.print(f"[{'green' if good else 'red'}]{'yes' if good else 'NO '}[/] {what}")
+
+
+def _print_cases(console: Any, result: DemoResult) -> None:
+    from rich.table import Table
+
+    table = Table(title="What the Court decided")
+    for column in ("case", "provider", "jobs", "tokens", "flagged", "rounds", "agreed", "verdict"):
+        table.add_column(column, justify="left" if column in ("case", "provider", "verdict") else "right")
+    for case in result.cases:
+        last = max((vote["round"] for vote in case["votes"]), default=0)
+        decisive = Counter(vote["outcome"] for vote in case["votes"] if vote["round"] == last)
+        table.add_row(
+            case["case"][:10],
+            case["provider"],
+            str(case["jobs"]),
+            str(case["tokens"]),
+            str(case["flags"]),
+            str(last + 1),
+            f"{decisive[case['verdict']]} of {decisive.total()}",
+            f"[{'red' if case['slashed_wei'] else 'green'}]{case['verdict']}[/]",
+        )
+    console.print(table)
+
+
+def _print_exhibits(console: Any, result: DemoResult) -> None:
+    """The flagged tokens, in the words around them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not result.exhibits:
+        return
+    table = Table(title="The cheat's worst tokens: what its model wrote, the one it sold would not have")
+    for column in ("job", "position", "text"):
+        table.add_column(column, justify="right" if column == "position" else "left")
+    for column in ("margin", "logprob off", "hidden off"):
+        table.add_column(column, justify="right")
+    for item in result.exhibits:
+        table.add_row(
+            item["job"][:10],
+            str(item["position"]),
+            Text.assemble(_flat(item["before"]), (_flat(item["text"]), "bold red")),
+            "∞" if item["margin"] is None else f"{item['margin']:.2f}",
+            f"{item['logprob']:.3f}",
+            f"{item['projection']:.1%}",
+        )
+    console.print(table)
+
+
+def _flat(text: str) -> str:
+    """On one line, whatever the model wrote."""
+    return text.replace("\n", "⏎")
+
+
+def _print_stakes(console: Any, result: DemoResult) -> None:
+    """Only who lost stake; of the others the last lines say that they did not."""
+    from node.cli.money import amount
+
+    for stake in result.stakes:
+        if stake["slashed_wei"]:
+            console.print(
+                f"{stake['name']} lost {amount(stake['slashed_wei'])} of {amount(stake['deposited_wei'])} stake:"
+                f" transaction {stake['transactions'][0]}"
+            )

@@ -22,7 +22,7 @@ from node.chain.deployment import Deployment
 from node.keys import load_or_create
 from node.system import SystemClock
 from protocol.signing import Signer
-from protocol.units import WEI_PER_TALLY, Wei
+from protocol.units import WEI_PER_TALLY, Address, Wei
 
 MODEL_DIR: Final = Path(__file__).parent / "model" / "tally-demo-4m"
 MODEL_NAME: Final = "tally-demo-4m"
@@ -116,6 +116,25 @@ class Cluster:
         """Every node, in the order in which they are stopped."""
         return [self.gateway, *self.providers, *self.validators]
 
+    @property
+    def names(self) -> dict[Address, str]:
+        """Who a wallet of a provider or validator is."""
+        return {wallet: name for name, wallet, _ in self.staked}
+
+    @property
+    def staked(self) -> list[tuple[str, Address, Wei]]:
+        """Name, wallet and first stake of everybody who has one."""
+        parties = [(n.name, w.address, Wei(STAKE)) for n, w in zip(self.providers, self.wallets, strict=True)]
+        judges = zip(self.validators, self.validator_wallets, strict=True)
+        return parties + [(n.name, w.address, Wei(VALIDATOR_STAKE)) for n, w in judges]
+
+    @property
+    def accounts(self) -> list[Address]:
+        """Everybody who may hold TALLY, contracts included."""
+        at = self.deployment
+        people = (self.deployer, self.client_wallet, *self.wallets, *self.validator_wallets)
+        return [*(p.address for p in people), at.escrow, at.registry, at.reservations, at.court]
+
     async def validators_ready(self) -> None:
         """Until every validator is enlisted and watches. Raises: ProcessFailed."""
         if self._judging is not None:
@@ -129,10 +148,10 @@ class Cluster:
         await self._found()
         self.validators = [self._node(f"validator-{i + 1}", "validator") for i in range(self.options.validators)]
         await self._start_providers()
-        await self._start_gateway()
         if self.validators:
             self._judging = asyncio.create_task(self._start_validators())
             self._stack.push_async_callback(self._stop_judging)
+        await self._start_gateway()
 
     async def _found(self) -> None:
         """Contracts, homes, wallets and test money."""
@@ -171,7 +190,7 @@ class Cluster:
         await asyncio.gather(*(node.wait_ready() for node in self.providers))
 
     async def _start_validators(self) -> None:
-        """One after the other: each imports its libraries on cores that serve by now."""
+        """Beside the gateway; a commitment made before they are enlisted could be drawn only when its block is old."""
         for node in self.validators:
             self._configure(
                 node.name,
@@ -185,7 +204,7 @@ class Cluster:
                 },
             )
             node.start()
-            await node.wait_ready()
+        await asyncio.gather(*(node.wait_ready() for node in self.validators))
 
     async def _stop_judging(self) -> None:
         """End the starting of validators, if it is still under way; the nodes themselves are stopped on their own."""

@@ -127,6 +127,14 @@ class NodeProcess:
                 return
         raise ProcessFailed(f"{self.name} was not ready after {START_SECONDS:.0f} s:\n{self.log_tail()}")
 
+    async def wait_gone(self, limit_s: float) -> None:
+        """Until it has ended by itself. Raises: ProcessFailed when it still runs after `limit_s`."""
+        assert self._process is not None
+        try:
+            await asyncio.to_thread(self._process.wait, limit_s)
+        except subprocess.TimeoutExpired as exc:
+            raise ProcessFailed(f"{self.name} still runs after {limit_s:.0f} s:\n{self.log_tail()}") from exc
+
     def log_tail(self, lines: int = 15) -> str:
         """The end of its log."""
         if not self.log_file.exists():

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from devnet.demo import JOBS
+from devnet.cluster import STAKE, VALIDATOR_STAKE
+from devnet.demo import CHEATER, CHEATS, EXHIBITS, JOBS, LIAR
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +30,12 @@ PROMISED = {
     "paid_wei",
     "protocol_fee_wei",
     "gas_per_pair",
+    "audits",
+    "cheaters",
+    "cheaters_slashed",
+    "honest_slashed",
+    "slashed_wei",
+    "audit_cost_ratio",
     "conservation_ok",
     "failover_text_identical",
     "seconds",
@@ -54,9 +62,9 @@ def home(tmp_path: Path) -> Iterator[Path]:
         process.kill()
 
 
-def test_demo_serves_kills_settles_and_counts(home: Path) -> None:
+def test_demo_serves_kills_settles_counts_and_judges(home: Path) -> None:
     done = subprocess.run(
-        tally("devnet", "demo", "--json", "--home", str(home)), capture_output=True, text=True, timeout=240, check=False
+        tally("devnet", "demo", "--json", "--home", str(home)), capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     result = json.loads(done.stdout)
@@ -67,12 +75,30 @@ def test_demo_serves_kills_settles_and_counts(home: Path) -> None:
     fee_up = result["settled_wei"] * 12 // 100
     assert fee_up - len(result["parties"]) <= result["protocol_fee_wei"] <= fee_up  # rounded down once per batch
     assert result["receipts_acknowledged"] <= result["receipts_signed"]
+    _check_justice(result)
+    assert result["seconds"] <= 150
     assert not descendants(home)
+
+
+def _check_justice(result: dict[str, Any]) -> None:
+    """The cheat and the liar lost stake, nobody else did, and it shows why."""
+    assert result["cheaters"] == result["cheaters_slashed"] == len(CHEATS) and result["honest_slashed"] == 0
+    assert result["audits"] == len(result["cases"]) >= 3 and 0 < result["audit_cost_ratio"] < 2
+    assert sum(case["jobs"] for case in result["cases"]) >= JOBS
+    lost = {stake["name"]: stake for stake in result["stakes"] if stake["slashed_wei"]}
+    assert lost.keys() == CHEATS.keys() and all(stake["transactions"] for stake in lost.values())
+    assert lost[CHEATER]["held_wei"] == 0 and lost[CHEATER]["slashed_wei"] == STAKE
+    assert 0 < lost[LIAR]["slashed_wei"] < VALIDATOR_STAKE
+    assert result["slashed_wei"] == sum(stake["slashed_wei"] for stake in lost.values())
+    for case in result["cases"]:
+        honest = {vote["outcome"] for vote in case["votes"] if vote["validator"] not in CHEATS}
+        assert honest == {"IMPROBABLE" if case["provider"] == CHEATER else "PASS"} == {case["verdict"]}
+    assert len(result["exhibits"]) == EXHIBITS and any(token["text"].strip() for token in result["exhibits"])
 
 
 def test_up_prints_what_is_needed_and_ctrl_c_leaves_no_process(home: Path) -> None:
     with subprocess.Popen(
-        tally("devnet", "up", "--home", str(home), "--providers", "1", "--port", "0"),
+        tally("devnet", "up", "--home", str(home), "--providers", "1", "--validators", "3", "--port", "0"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -91,7 +117,9 @@ def test_up_prints_what_is_needed_and_ctrl_c_leaves_no_process(home: Path) -> No
             timeout=60,
             check=True,
         )
-        assert all(json.loads(status.stdout)["alive"].values())
+        alive = json.loads(status.stdout)["alive"]
+        assert alive.keys() == {"provider-1", "gateway", "validator-1", "validator-2", "validator-3"}
+        assert all(alive.values())
         up.send_signal(signal.SIGINT)
         assert up.wait(90) == 0
     assert not descendants(home)
@@ -111,7 +139,7 @@ def test_ctrl_c_while_starting_leaves_no_process(home: Path) -> None:
 
 def test_supervisor_that_is_killed_takes_its_nodes_along(home: Path) -> None:
     with subprocess.Popen(
-        tally("devnet", "up", "--home", str(home), "--providers", "1", "--port", "0"),
+        tally("devnet", "up", "--home", str(home), "--providers", "1", "--validators", "0", "--port", "0"),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
