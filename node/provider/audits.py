@@ -40,7 +40,12 @@ IDLE_S: Final = 30.0
 read the last one; replaying can wait until it has all, or open another stream."""
 
 MAX_STREAMS: Final = 64
-"""Audit streams at once. The largest committee has 21 members; each stream holds one dossier in memory."""
+"""Audit streams at once, of whomever: each holds one dossier in memory. Beyond it only enlisted validators are let in,
+for keeping committees out is how a stranger could have an honest provider found to withhold its transcripts."""
+
+MEMORY_OF_PEERS: Final = 4_096
+"""Peers of whom it is remembered, while streams are scarce, whether they are validators. Each saves a look at the
+chain for every further stream it opens; doubling it doubles 60 bytes a peer."""
 
 MAX_STREAMS_PER_PEER: Final = 4
 """Audit streams of one peer at once: a member that came back before its former stream was given up, and a spare."""
@@ -74,16 +79,21 @@ class Audits:
         self._court = court
         self._entropy = entropy
         self._streams: Counter[str] = Counter()
+        self._enlisted: dict[Address, bool] = {}  # emptied whenever streams are no longer scarce
         self.dossiers = 0
 
     async def handle(self, stream: Stream) -> None:
         """One stream of /tally/audit/1."""
         peer = stream.peer_id
-        if self._streams.total() >= MAX_STREAMS or self._streams[peer] >= MAX_STREAMS_PER_PEER:
+        if self._streams[peer] >= MAX_STREAMS_PER_PEER:
             await stream.reset()
             return
+        scarce = self._streams.total() >= MAX_STREAMS
         self._streams[peer] += 1
         try:
+            if scarce and not await self._is_validator(stream.peer_address):
+                await stream.reset()
+                return
             await self._converse(stream)
         except StreamEnded as exc:
             log.debug("audit stream of %s ended: %s", peer, exc)
@@ -95,6 +105,18 @@ class Audits:
             if not self._streams[peer]:
                 del self._streams[peer]
         await stream.close()
+
+    async def _is_validator(self, peer: Address) -> bool:
+        """Whether a peer's node key is of an enlisted validator, as far as the chain answers."""
+        if self._streams.total() <= MAX_STREAMS or len(self._enlisted) >= MEMORY_OF_PEERS:
+            self._enlisted.clear()
+        if peer not in self._enlisted and self._court is not None:
+            try:
+                record = await self._chain.provider_by_node_key(peer)
+                self._enlisted[peer] = record is not None and record.wallet in await self._court.validators()
+            except ChainError as exc:
+                log.warning("an auditor was turned away, for the chain does not say whether it is a validator: %s", exc)
+        return self._enlisted.get(peer, False)
 
     async def _converse(self, stream: Stream) -> None:
         """Raises: StreamEnded, RemoteProtocolError."""

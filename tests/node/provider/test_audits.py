@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -19,7 +19,7 @@ from node.ports import (
     Stream,
     StreamEnded,
 )
-from node.provider.audits import MAX_STREAMS_PER_PEER, Audits
+from node.provider.audits import MAX_STREAMS, MAX_STREAMS_PER_PEER, Audits
 from node.transport.memory import MemoryNetwork, MemoryTransport
 from protocol import frames, merkle
 from protocol.dossier import SealedDossiers, decode, examine, unpack_entries
@@ -49,6 +49,9 @@ class OneCase:
             raise ChainUnavailable("down")
         zero = ZERO_DIGEST
         return CommitmentRecord(key, Address(b""), zero, 0, zero, 1, Wei(0), zero, 1, self.beacon, self.earlier)
+
+    async def validators(self) -> tuple[Address, ...]:
+        return (MEMBER_WALLET.address,)
 
     async def case(self, key: Digest) -> CaseRecord | None:
         members = tuple(CaseMember(wallet, ZERO_DIGEST, None, False) for wallet in self.members)
@@ -142,6 +145,26 @@ async def test_anybody_may_see_what_was_committed_to() -> None:
     verify(place.desk.world.domain, commitment, head.signature, place.desk.node_key.address)
     root = merkle.root(unpack_entries(raw))
     assert (root.hash, root.total, len(raw) // 76) == (commitment.root, commitment.total, 2)
+
+
+async def test_strangers_who_take_every_stream_do_not_keep_a_validator_out() -> None:
+    """Else anybody could have an honest provider found to withhold."""
+    place = await room()
+    first = unpack_entries(place.made.entries)[0].job_id
+    async with AsyncExitStack() as crowd:
+        for number in range(MAX_STREAMS):
+            who = Signer.from_secret(bytes([number + 1]) + b"\x75" * 31)
+            await entries_of(await crowd.enter_async_context(place.ask(who)))
+        for _ in range(2):
+            with pytest.raises(StreamEnded):
+                async with place.ask(STRANGER) as stream:
+                    await entries_of(stream)
+        for _ in range(2):
+            async with place.ask(MEMBER) as stream:
+                await entries_of(stream)
+                assert isinstance(await dossier(stream, SealedDossiers(BOX, None), first), bytes)
+    async with place.ask(STRANGER) as stream:
+        await entries_of(stream)
 
 
 async def test_a_member_of_the_round_is_shown_every_drawn_job() -> None:

@@ -131,7 +131,7 @@ async def test_no_honest_epoch_lets_anybody_prove_a_missing_job_or_an_owed_commi
     await desk.epochs.join()
     cases = []
     for number in range(12):
-        cases.append(await desk.serve(number, tokens=20 + 15 * number, paid=number % 3 > 0))
+        cases.append(await desk.serve(number, tokens=10 + 7 * number, paid=number % 3 > 0))
         desk.pass_epoch(number % 2)
     desk.engine.profile = profile(b"another")
     desk.restart()
