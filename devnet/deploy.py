@@ -94,12 +94,14 @@ def _rules_words(options: DeployOptions) -> tuple[Any, ...]:
 
 async def _address_of_next(rpc: Rpc, deployer: Address, after: int) -> Address:
     """Where the contract comes to that `deployer` creates after `after` more transactions (EIP-161: by nonce)."""
+    from web3.types import Nonce
     from web3.utils.address import get_create_address
 
     from node.chain.contracts import checksum
 
     nonce = int(await rpc.read(lambda w3: w3.eth.get_transaction_count(checksum(deployer))))
-    return Address(bytes.fromhex(get_create_address(checksum(deployer), nonce + after).removeprefix("0x")))
+    created = get_create_address(checksum(deployer), Nonce(nonce + after))
+    return Address(bytes.fromhex(created.removeprefix("0x")))
 
 
 async def fund(

@@ -9,11 +9,11 @@ import pytest
 
 from contracts import FOLDER, tool
 
-INVARIANTS = {f"I{n}" for n in range(1, 7)} | {f"R{n}" for n in range(1, 5)}
+INVARIANTS = {f"I{n}" for n in range(1, 7)} | {f"R{n}" for n in range(1, 5)} | {f"C{n}" for n in range(1, 7)}
 
 
 def forge(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([tool("forge"), *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=280)
+    return subprocess.run([tool("forge"), *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=560)
 
 
 @pytest.mark.slow
