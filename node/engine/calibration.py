@@ -205,14 +205,19 @@ def rate_bound(flags: int, tokens: int, confidence: float = CONFIDENCE) -> float
 
 
 async def calibrate(
-    model_dir: Path, dtype: str = "auto", tokens: int = TOKENS, seed: int = 1, say: _Say = lambda *_: None
+    model_dir: Path,
+    dtype: str = "auto",
+    tokens: int = TOKENS,
+    seed: int = 1,
+    say: _Say = lambda *_: None,
+    variants: Sequence[Variant] = VARIANTS,
 ) -> dict[str, Any]:
     """Measure a model directory on this machine's CPU; what CALIBRATION_FILE holds for the dtype.
 
     `say`: told what is being done, tokens generated or replayed so far, and how many in all.
     Raises: ModelError, also when honest work is flagged more often than the Court lets a profile grant.
     """
-    lab = _Lab(model_dir, dtype, seed, tokens, say)
+    lab = _Lab(model_dir, dtype, seed, tokens, say, variants)
     made = await lab.generate_all()
     found = await lab.replay_all([pair for pairs in made.values() for pair in pairs])
     fit = Numbers.of(replay for i, replay in enumerate(found) if i % FIT_EVERY == 0)
@@ -255,13 +260,21 @@ async def calibrate(
 class _Lab:
     """Generates and replays for one calibration."""
 
-    def __init__(self, model_dir: Path, dtype: str, seed: int, tokens: int, say: _Say) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        dtype: str,
+        seed: int,
+        tokens: int,
+        say: _Say,
+        variants: Sequence[Variant],
+    ) -> None:
         self._dir, self._spec, self._say = model_dir, load_spec(model_dir), say
         total = stored_parameters(weight_files(model_dir))
         self.dtype = resolve_dtype(dtype, total)
         self._threads = 1 if total < SINGLE_THREAD_PARAMETERS else torch.get_num_threads()
         self.kinds = _kinds(self._spec, TORCH_DTYPES[self.dtype])
-        self._variants = [variant for variant in VARIANTS if variant.compiled in self.kinds]
+        self._variants = [variant for variant in variants if variant.compiled in self.kinds]
         self._rng = random.Random(seed)
         self._context = min(CONTEXT, self._spec.max_positions)
         self._texts: list[tuple[int, ...]] = []
@@ -274,6 +287,8 @@ class _Lab:
         for compiled in self.kinds:
             for threads in (1, 2):
                 group = [v for v in self._variants if (v.compiled, v.threads) == (compiled, threads)]
+                if not group:
+                    continue
                 decoder, sampler = self._open(self.dtype, compiled, threads)
                 for variant in group:
                     self._say(f"generating: {variant.name}, kernels {compiled}", self._done, self._all)
