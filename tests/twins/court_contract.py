@@ -71,7 +71,7 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`rounds`: the seats of each. `decision`: of the last count. `pool`: wei for the victims, of which `paid` went to them."""
+    """`rounds`: the seats of each. `decision`: of the last count. `pool`: wei for the victims, `paid` of it is."""
 
     id: Digest
     provider: Address
