@@ -37,6 +37,14 @@ log = logging.getLogger("tally.provider.epochs")
 TICK_S: Final = 0.5
 """How often a provider looks whether an epoch is over and its jobs closed. Unit: s. Far below any epoch."""
 
+RESEND_S: Final = 60.0
+"""How long a commitment that was posted may take to be in a confirmed block before it is posted again. Unit: s. Longer
+than confirmations take; the commit window is longer still."""
+
+PLANT_LOOK_S: Final = 2.0
+"""How often it is looked whether an error is due. Unit: s. One read of the chain each, until the last commitment is
+drawn; validators draw within a block or two, and the error has to come before the epoch ends."""
+
 GRACE_MS: Final = 1_000
 """After an epoch's end, before it is committed. Unit: ms. The chain's newest block may lag our clock that much; sooner
 would only be refused and tried again."""
@@ -44,6 +52,13 @@ would only be refused and tried again."""
 CUT_SHARE: Final = 4
 """The last 1/4 of the commit window is kept for posting: a job that is not over by then is cut off. A smaller share
 would leave too little for a chain that does not answer; a larger one cuts jobs sooner."""
+
+LATE_SHARE: Final = 4
+"""A clock that is behind the chain's by more than 1/4 of the commit window is not sold by. A larger share would have
+jobs stamped into epochs that nobody can commit to in time any more; a smaller one minds a block's own lateness."""
+
+COMPARE_S: Final = 30.0
+"""How often the clock is held against the chain's. Unit: s."""
 
 ORDER_SLACK_MS: Final = 3_600_000
 """How far the journal's order of jobs may be from the order of their acceptances. Unit: ms. They differ by the length
@@ -91,7 +106,11 @@ class Epochs:
         self._next = 0  # the first epoch that may still need a commitment
         self._closing = 0  # the first epoch that jobs are still accepted in
         self._unposted: list[Digest] = []
+        self._sent: dict[Digest, float] = {}  # when it was posted, monotonic; until a confirmed block holds it
+        self._newest: CommitmentMade | None = None  # of this profile
         self._born_ms = clock.now_ms()
+        self._behind_s = 0
+        self._compared_at = float("-inf")  # monotonic
         self.committed = 0
         self.posted = 0
         self.why_not = ""
@@ -135,6 +154,23 @@ class Epochs:
             await self._store.put_value(self._slot("next"), current.to_bytes(8, "big"))
         self._next = self._closing = current if cursor is None else int.from_bytes(cursor, "big")
         self._rules = rules
+        await self._compare_clocks(self._court)
+
+    async def _compare_clocks(self, court: Court) -> None:
+        """A block is never ahead of the time it was made at, so our clock is behind by as much as it shows at least.
+
+        Jobs stamped by such a clock fall into epochs whose commitment is overdue. Raises: ChainError.
+        """
+        if self._clock.monotonic() - self._compared_at < COMPARE_S:
+            return
+        behind = max(0, await court.now() - self._clock.now_ms() // 1000)
+        self._compared_at = self._clock.monotonic()
+        assert self._rules is not None
+        if behind > self._rules.commit_window // LATE_SHARE >= self._behind_s:
+            log.error(
+                "this machine's clock is %d s behind the chain's: set it right; no job is accepted until then", behind
+            )
+        self._behind_s = behind
 
     async def _register(self, court: Court) -> bool:
         """Have this profile among those that providers can be judged under; False when it cannot be. Raises: ChainError
@@ -174,6 +210,8 @@ class Epochs:
         committed to by another node without it."""
         if self.conflict:
             raise Refused(RefusalCode.DRAINING, "another node works with this provider's wallet")
+        if self._rules is not None and self._behind_s > self._rules.commit_window // LATE_SHARE:
+            raise Refused(RefusalCode.BUSY, f"this provider's clock is {self._behind_s} s behind the chain's")
         if self._rules is not None and self.epoch_of(accepted_ms) < self._closing:
             reason = "this provider's clock was set back behind its last commitment; it serves again once it is past it"
             raise Refused(RefusalCode.BUSY, reason)
@@ -195,15 +233,18 @@ class Epochs:
     async def run(self) -> None:
         """Commit every epoch that is over, for ever. Raises: ChainError, StoreError; then call it again."""
         await self.join()
+        looked_at = 0.0
         while self._rules is not None:
             await self.commit_due()
-            if self.active:
+            now = self._clock.monotonic()
+            if self.active and now - looked_at >= PLANT_LOOK_S:
+                looked_at = now
                 await self._decoys.plant_if_due(self._rules, self.epoch_of(self._clock.now_ms()), self._last_made)
             await self._clock.sleep(TICK_S)
 
     async def commit_due(self) -> None:
         """Commit what is over and closed, and post what is not in a block yet. Raises: ChainError, StoreError."""
-        if self._rules is None:
+        if self._rules is None or self._court is None:
             return
         ready = self._closing = self._ready()
         if ready > self._next:
@@ -213,6 +254,7 @@ class Epochs:
             await self._store.put_value(self._slot("next"), ready.to_bytes(8, "big"))
             self._next = ready
         await self._post()
+        await self._compare_clocks(self._court)
 
     def _ready(self) -> int:
         """The first epoch that cannot be committed yet: it is not over, or a job of it is still running."""
@@ -265,6 +307,7 @@ class Epochs:
             # SPEC 8.6: A provider writes its commitment to disk and syncs before it signs it
             await self._store.write(record)
             self.committed += 1
+            self._newest = record if profile_id == self._profile_id else self._newest
             crash_point(COMMITMENT_JOURNALED)
         if key not in self._unposted and await self._court.commitment(key) is None:
             await self._note_unposted([*self._unposted, key])
@@ -302,13 +345,20 @@ class Epochs:
         posted = await self._court.commitment(key)
         if row is not None and posted is not None and posted.root != row.record.commitment.root:
             self._note_conflict(row.record.commitment)
+        now = self._clock.monotonic()
         if row is not None and posted is None:
+            if now - self._sent.get(key, -RESEND_S) < RESEND_S:
+                return  # in a block that is not confirmed yet, and may still be reorganised away
             commitment = row.record.commitment
             signature = self._signer.sign(self._court.domain, commitment)
             await self._court.post_commitment(commitment, signature)
             self.posted += 1
             crash_point(COMMITMENT_POSTED)
             log.info("committed to %d jobs, %d wei, of epoch %d", commitment.count, commitment.total, commitment.epoch)
+            self._sent[key] = now
+            if await self._court.commitment(key) is None:
+                return
+        self._sent.pop(key, None)
         await self._note_unposted([other for other in self._unposted if other != key])
 
     def _note_conflict(self, ours: Commitment) -> None:
@@ -326,11 +376,13 @@ class Epochs:
 
     async def _last_made(self) -> CommitmentMade | None:
         """The newest commitment of this wallet and profile."""
-        for row in await self._store.commitments(limit=64):
-            made = row.record.commitment
-            if (made.provider, made.profile_id) == (self._wallet, self._profile_id):
-                return row.record
-        return None
+        if self._newest is None:
+            for row in await self._store.commitments(limit=64):
+                made = row.record.commitment
+                if (made.provider, made.profile_id) == (self._wallet, self._profile_id):
+                    self._newest = row.record
+                    break
+        return self._newest
 
     async def finish(self, limit_s: float) -> None:
         """At a stop, when no job runs any more: commit what can be within `limit_s`, which waits for the epoch to end

@@ -152,7 +152,7 @@ class Provider:
         self.cases = None if court is None else Cases(court, chain, store, clock, appeals=settings.appeal)
         self.audits = Audits(chain.domain, node_key, store, chain, court, entropy)
         self.staking = Staking(self._wallet, self.books, self.settler, store, chain, clock, lambda: self.epochs.rules)
-        retention = Retention(court, store, self.epochs, self.cases)
+        retention = Retention(court, store, self.epochs, self.cases, clock)
         self.shredder = Shredder(Role.PROVIDER, settings.texts.retention_hours, store, clock, retention.may_go)
         transport.serve(JOB_PROTOCOL, self.server.handle_job)
         transport.serve(CARD_PROTOCOL, self.server.handle_card)

@@ -18,7 +18,7 @@ def was_forced(case: CaseRecord) -> bool:
 
 async def test_an_error_that_was_due_is_planted_found_and_answered_for() -> None:
     async with JudgedMarket() as market:
-        market.court = CourtWorld(market.world, replace(FAST, forced_bps=10_000))
+        market.court = CourtWorld(market.world, replace(FAST, forced_bps=10_000, commit_window=2_400))
         seller = await market.seller()
         judges = await market.judges_of(4)
         buyer = await market.buyer()

@@ -145,6 +145,31 @@ async def test_with_the_chain_away_what_is_made_is_kept_and_posted_later() -> No
     assert await on_chain(desk, first) is not None and desk.epochs.unposted == 0
 
 
+async def test_what_was_posted_is_noted_until_a_confirmed_block_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = await Desk.made()
+    await desk.epochs.join()
+    first = desk.epoch()
+    await desk.serve(1)
+    desk.pass_epoch()
+    seen = desk.court.commitment
+
+    async def lagging(key: Any) -> None:
+        return None
+
+    monkeypatch.setattr(desk.court, "commitment", lagging)
+    await desk.epochs.commit_due()
+    assert (desk.epochs.posted, desk.epochs.unposted) == (1, 1)
+    await desk.epochs.commit_due()
+    assert desk.epochs.posted == 1, "it may only lag, and is not sent again at once"
+    desk.world.blocks.pop()  # taken back by a reorganisation
+    desk.world.mine(1, 61)
+    await desk.epochs.commit_due()
+    monkeypatch.setattr(desk.court, "commitment", seen)
+    await desk.epochs.commit_due()
+    assert (desk.epochs.posted, desk.epochs.unposted) == (2, 0)
+    assert await on_chain(desk, first) is not None
+
+
 async def test_a_profile_served_before_a_change_of_model_is_committed_too() -> None:
     desk = await Desk.made()
     await desk.epochs.join()

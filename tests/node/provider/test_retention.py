@@ -26,7 +26,7 @@ async def set_up(hours: int = 0) -> tuple[Desk, Over, Shredder]:
     desk = await Desk.made()
     await desk.epochs.join()
     cases = Over(desk.court, desk.chain, desk.store, desk.clock, appeals=False)
-    retention = Retention(desk.court, desk.store, desk.epochs, cases)
+    retention = Retention(desk.court, desk.store, desk.epochs, cases, desk.clock)
     return desk, cases, Shredder(Role.PROVIDER, hours, desk.store, desk.clock, retention.may_go)
 
 
@@ -40,8 +40,11 @@ async def test_content_stays_until_the_case_about_it_is_over() -> None:
     await desk.epochs.commit_due()
     assert await shredder.shred_due() == 0, "the commitment is not drawn, and nobody is there to draw it for"
     await draw(desk)
+    desk.world.mine(1, 31)
     assert await shredder.shred_due() == 0, "a newcomer's jobs are all drawn, and the case is open"
     cases.over = True
+    assert await shredder.shred_due() == 0, "the chain was looked at a moment ago"
+    desk.world.mine(1, 31)
     assert await shredder.shred_due() == 1
     assert await desk.store.kept(Role.PROVIDER, job_id) is None
     assert await desk.store.receipts(job_id=job_id), "its bills stay"
@@ -77,7 +80,7 @@ async def test_the_hours_that_were_promised_count_first() -> None:
 async def test_without_a_court_only_the_hours_count_and_a_running_job_keeps_its_own() -> None:
     desk, _, _ = await set_up()
     desk.restart(court=False)
-    retention = Retention(None, desk.store, desk.epochs, None)
+    retention = Retention(None, desk.store, desk.epochs, None, desk.clock)
     shredder = Shredder(Role.PROVIDER, 1, desk.store, desk.clock, retention.may_go)
     case = await desk.serve(1)
     opened = desk.store._jobs[Role.PROVIDER, case.entry.job_id].opened
