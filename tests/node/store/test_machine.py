@@ -94,6 +94,28 @@ class Histories(RuleBasedStateMachine):
         total = self.totals[Role.CLIENT, of, job]
         self._write(s.vouched(job, self.steps[Role.CLIENT, job], total, self.promised[side], of))
 
+    @rule(role=st.sampled_from(Role), of=st.integers(0, CLIENTS - 1), steps=st.integers(0, 3), gone=st.booleans())
+    def keep(self, role: Role, of: int, steps: int, gone: bool) -> None:
+        """A job that ends at once, its content kept under some receipts, and perhaps shredded."""
+        job = len(self.steps)
+        self._write(s.opened(job, role, of), s.prompt_kept(job, role))
+        for step in range(1, steps + 1):
+            self._write(s.output_kept(job, step, role))
+        self._write(s.closed(job, 0, role))
+        self.steps[role, job] = steps
+        if gone:
+            self._write(s.shredded(job, role))
+            self.history = [record for record in self.history if not self._keeps(record)]
+
+    @rule(number=st.integers(0, 5))
+    def commit_and_judge(self, number: int) -> None:
+        self._write(s.commitment(number), s.verdict(number), s.verdict(number, 1))
+
+    @staticmethod
+    def _keeps(record: Record) -> bool:
+        """Content may not be written again once it is shredded: it would be kept anew."""
+        return type(record).__name__ in ("PromptKept", "OutputKept", "ContentShredded")
+
     @rule(of=st.integers(0, CLIENTS - 1), deposit=st.integers(0, 3000), block=st.integers(1, 20))
     def see_a_slot(self, of: int, deposit: int, block: int) -> None:
         self._write(s.slot(of, deposit, claimed=deposit // 3, block=block))
@@ -158,6 +180,13 @@ class Histories(RuleBasedStateMachine):
         assert self._run(self.sql.inconsistencies()) == []
         assert self._run(self.sql.receipts()) == self._run(self.memory.receipts())
         assert self._run(self.sql.settlements()) == self._run(self.memory.settlements())
+        for role, job in self.steps:
+            assert self._run(self.sql.kept(role, s.job_id(job))) == self._run(self.memory.kept(role, s.job_id(job)))
+            late = s.opened(job).accept.accepted_at
+            assert self._run(self.sql.kept_before(role, late)) == self._run(self.memory.kept_before(role, late))
+        for read in ("commitments", "verdicts"):
+            ours, theirs = (self._run(getattr(store, read)()) for store in (self.sql, self.memory))
+            assert [row.record for row in ours] == [row.record for row in theirs]
 
 
 Histories.TestCase.settings = settings(max_examples=12, stateful_step_count=25, deadline=None)
