@@ -130,7 +130,8 @@ async def _case(session: Session, config: NodeConfig, receipt: str) -> _Case:
         f"the content of job {hexed(bundle.job_id)[:14]} is not in this home: it was shredded when its retention "
         "ended, never kept, or the job was another home's",
         kept="its bills stand",
-        do="`tally receipts verify` checks what was charged for it; client.retention_hours keeps content for longer",
+        do="`tally receipts verify` checks what was charged for it; retention_hours, of the client's or provider's "
+        "settings, keeps content for longer",
     )
 
 
@@ -327,8 +328,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         head = (">POSITION", "TOKEN", ">MARGIN", ">LOGPROB", ">PROJECTION", "")
         lines += ["", f"the worst {len(rows)} of {facts['tokens']} tokens", table(head, rows), ""]
     told = f"{facts['flags']} of {facts['tokens']} tokens flagged, {facts['voids']} far off"
-    chance = f"honest work has as many with probability {facts['probability']:.3g}"
     lines.append(f"{facts['outcome']}: {facts['detail'] or told}")
-    if facts["tokens"]:
-        lines.append(f"{told}; {chance} (it is granted {facts['flag_rate_granted']:.2g} a token)")
+    if facts["flags"]:
+        chance = f"honest work has as many with a probability of {facts['probability']:.3g} at most"
+        lines.append(f"{chance}; it is granted {facts['flag_rate_granted']:.2g} flags a token")
     return lines
