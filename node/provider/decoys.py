@@ -184,6 +184,8 @@ class _Planting:
         job_id = JobId(digest(of._domain, request))
         seed = derive_seed(job_id, request.client_nonce, nonce)
         accept = Accept(Digest(job_id), Digest(nonce), seed, of._clock.now_ms())
+        if not self._terms.tariff.valid_from <= accept.accepted_at // 1000 < self._terms.tariff.valid_until:
+            raise ValueError("the price sheet in force ended at this moment")
         opened = JobOpened(
             Role.PROVIDER,
             job_id,

@@ -57,6 +57,10 @@ VOUCHER_TIMEOUT_S: Final = 60.0
 ACK_TIMEOUT_S: Final = 10.0
 """How long we wait for the final acknowledgement. Unit: s. Without it the last increment is unpaid, not disputed."""
 
+CUT_GRACE_S: Final = 0.5
+"""After the time by which a job must be over, for saying so; then it is broken off wherever it hangs. Unit: s. A client
+that pings and reads nothing could otherwise hold up the commitment of its whole epoch, at the provider's cost."""
+
 FOREVER_MS: Final = 1 << 62
 """No limit of our own on how long a job may take. Unit: Unix ms."""
 
@@ -145,8 +149,12 @@ class Delivery:
         reader = asyncio.create_task(self._read())
         finish, detail = FinishReason.ERROR, ""
         try:
-            finish = await deliver()
-            await self._end(finish)
+            async with asyncio.timeout(self._until_cut() + CUT_GRACE_S):
+                finish = await deliver()
+                await self._end(finish)
+        except TimeoutError as exc:
+            self._client_failed = True
+            raise self._too_long() from exc
         except StreamEnded as exc:
             self._client_failed = True
             finish, detail = FinishReason.CANCELLED, f"the client vanished: {exc}"
@@ -292,9 +300,9 @@ class Delivery:
 
     async def _vouched(self) -> None:
         """Until no receipt is outstanding. A client that cancels still vouches for what it was receipted."""
-        await self._wait(VOUCHER_TIMEOUT_S, lambda: self._unvouched is None)
+        await self._wait(min(VOUCHER_TIMEOUT_S, self._until_cut()), lambda: self._unvouched is None)
         if self._unvouched is not None:
-            raise StreamEnded(f"no voucher for receipt {self._unvouched.step} in {VOUCHER_TIMEOUT_S:g} s")
+            raise StreamEnded(f"no voucher for receipt {self._unvouched.step} in time")
 
     async def _tokens_to_send(self, sent_at: float) -> None:
         """Until there are tokens and the last frame is COALESCE_S old, or a leaf is full, or the job must end."""
@@ -319,19 +327,24 @@ class Delivery:
         return self._work.received_at + int((self._tools.clock.monotonic() - self._began) * 1000)
 
     def _until_deadline(self) -> float:
-        until_cut = self._cut_ms - self._tools.clock.now_ms()  # by the clock that commitments are made by
-        return min(self._work.request.deadline - self._now_ms(), until_cut) / 1000
+        return min((self._work.request.deadline - self._now_ms()) / 1000, self._until_cut())
+
+    def _until_cut(self) -> float:
+        return (self._cut_ms - self._tools.clock.now_ms()) / 1000  # by the clock that commitments are made by
 
     def _out_of_time(self) -> FinishReason:
         """DEADLINE, when it is the client's. Raises: Refused when it is ours: the job's epoch must be committed to."""
         # SPEC 8.6: a job that is not over by then is aborted
         if self._work.request.deadline <= self._now_ms():
             return FinishReason.DEADLINE
+        raise self._too_long()
+
+    def _too_long(self) -> Refused:
         reason = (
             "the job ran longer than the epoch it belongs to can be committed to; what was vouched for stands, and "
             "another job can go on from there"
         )
-        raise Refused(RefusalCode.BUSY, reason)
+        return Refused(RefusalCode.BUSY, reason)
 
     async def _wait(self, limit_s: float, ready: Callable[[], bool]) -> None:
         """Until `ready()` or the limit. Raises: whatever ended the stream or the engine meanwhile."""
