@@ -21,7 +21,7 @@ from node.ports import Chain, ChainError, ChainUnavailable, Court, Entropy, JobR
 from protocol import frames
 from protocol.dossier import Dossier, SealedDossiers, encode, unpack_entries
 from protocol.eip712 import Domain
-from protocol.errors import Refused, RemoteProtocolError, TallyError, UnexpectedFrame
+from protocol.errors import FieldOutOfRange, Refused, RemoteProtocolError, TallyError, UnexpectedFrame
 from protocol.frames import AuditAsk, AuditEntries, AuditHead, DossierAsk, RefusalCode, Refuse
 from protocol.merkle import Entry
 from protocol.messages import Tariff, WorkReceipt
@@ -178,7 +178,12 @@ class Audits:
         receipt = await self._read(self._store.receipt(place[1].receipt))
         if job is None or receipt is None:
             raise Refused(RefusalCode.INTERNAL, "the job is not in this provider's journal")
-        return encode(await self._read(self._collect(job, receipt.digest, receipt.receipt)))
+        dossier = await self._read(self._collect(job, receipt.digest, receipt.receipt))
+        try:
+            return encode(dossier)
+        except FieldOutOfRange as exc:
+            log.error("job 0x%s cannot be shown in an audit: %s", job_id.hex(), exc)
+            raise Refused(RefusalCode.INTERNAL, "the job does not fit a dossier") from exc
 
     async def _check_member(self, peer: Address, key: Digest, index: int, job_id: JobId) -> None:
         """Raises: Refused unless the case is drawn, the job in it, and the peer of its current round; ChainError."""

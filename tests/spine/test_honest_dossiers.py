@@ -303,14 +303,15 @@ async def test_a_clock_that_is_set_while_a_job_runs(at: int, seconds: float) -> 
 async def test_a_clock_set_back_at_the_deadline(job: JobSpec) -> None:
     async with Market() as market:
         seller, buyer = await market.seller(), await market.buyer()
-        stop_at(seller, 40)
+        reached = stop_at(seller, 40)
 
         async def never(*args: Any) -> Any:
+            reached.set()
             await asyncio.Event().wait()
 
         seller.engine.embed = never  # type: ignore[method-assign, assignment]
         task = asyncio.create_task(gone(seller, run(buyer, job)))
-        await until(lambda: seller.provider.server.running == 1)
+        await reached.wait()
         market.clock.wrong_s = -600.0
         await task
         assert await finals(seller) == [FinishReason.DEADLINE]
