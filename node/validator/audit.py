@@ -7,6 +7,7 @@ before the window is over, and a machine that cannot judge gives no verdict at a
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass, field
 from typing import Final
@@ -49,6 +50,10 @@ that comes late counts as none. Doubling it gives a provider that restarts that 
 PAUSE_MOST_S: Final = 5.0
 """Longest pause between two tries to fetch. Unit: s. A provider that comes back is found at most so much later; at a
 tenth of it a provider that is away would be dialled all the time by every member."""
+
+LEAST_ASK_S: Final = 2.0
+"""Shortest time a conversation gets. Unit: s. Of one that trickles, what came whole until the window ends is judged and
+the rest is withheld; doubling it could make a verdict late that is due."""
 
 HELD_BYTES: Final = 256 << 20
 """Transcripts held at once before they are judged. Unit: bytes. All are fetched before the first is replayed, so that a
@@ -150,19 +155,20 @@ class Auditor:
         if record.provider == self._me:
             raise Recused("the work is this wallet's own")
         rules = await self._court.rules()
-        deadline = docket.until - min(RESERVE_MOST_S, rules.submit_window // RESERVE_SHARE)
+        reserve = min(RESERVE_MOST_S, rules.submit_window // RESERVE_SHARE)
+        deadline = docket.until - reserve
         began = await self._court.now()
         late = deadline - began < (deadline - docket.until + rules.submit_window) // LEAST_ASKED_SHARE
         progress, failures = _Progress(), 0
         while True:
-            answered = await self._ask(record, progress)
+            answered = await self._ask(record, progress, deadline - await self._court.now())
             replayed = await self._judge_held(record, profile, rules.epoch_seconds, progress, deadline)
             left = deadline - await self._court.now()
             if progress.is_whole:
                 return self._sum_up(record, progress)
             if left <= 0:
                 if replayed:  # the last try lies that far back: once more, lest it be held against the provider
-                    await self._ask(record, progress)
+                    await self._ask(record, progress, reserve // 2)
                 return self._out_of_time(record, progress, late=late)
             if answered:
                 continue  # all that fitted was delivered; there is more to ask for
@@ -171,10 +177,17 @@ class Auditor:
             await self._clock.sleep(min(pause(failures), PAUSE_MOST_S, float(left)))
             await self._directory.refresh()
 
-    async def _ask(self, record: CommitmentRecord, progress: _Progress) -> bool:
-        """One conversation; whether everything asked for came. Raises: Recused; ChainError, StoreError."""
+    async def _ask(self, record: CommitmentRecord, progress: _Progress, limit_s: int) -> bool:
+        """One conversation of `limit_s` at most; whether everything asked for came.
+
+        Raises: Recused; ChainError, StoreError.
+        """
         try:
-            await self._fetch(record, progress)
+            async with asyncio.timeout(max(LEAST_ASK_S, float(limit_s))):
+                await self._fetch(record, progress)
+        except TimeoutError:
+            progress.last_failure = "it was still on its way when the time for it was over"
+            return False
         except NotDelivered as exc:
             progress.last_failure = str(exc)
             return False

@@ -11,9 +11,18 @@ from typing import Final, TypeVar
 
 from node.ports import CommitmentRecord, PeerAddress, Stream, Transport, TransportError
 from protocol import frames, merkle
-from protocol.dossier import MAX_DOSSIER_BYTES, Dossier, SealedDossiers, decode, unpack_entries
+from protocol.dossier import ENTRY_BYTES, MAX_DOSSIER_BYTES, Dossier, SealedDossiers, decode, unpack_entries
 from protocol.errors import RemoteProtocolError, TallyError
-from protocol.frames import AUDIT_PROTOCOL, AuditAsk, AuditEntries, AuditHead, DossierAsk, DossierChunk, Frame
+from protocol.frames import (
+    AUDIT_PROTOCOL,
+    CHUNK_BYTES,
+    AuditAsk,
+    AuditEntries,
+    AuditHead,
+    DossierAsk,
+    DossierChunk,
+    Frame,
+)
 from protocol.merkle import Entry
 from protocol.sealing import BoxKey
 from protocol.units import JobId
@@ -61,6 +70,8 @@ class AuditLine:
         """The entries under the root that is on chain. Raises: NotDelivered."""
         await self._send(AuditAsk(record.key, self._box.public))
         head = await self._expect(AuditHead)
+        if head.chunks > 1 + record.count * ENTRY_BYTES // CHUNK_BYTES:
+            raise NotDelivered(f"{head.chunks} pieces for {record.count} entries")
         data = b""
         for _ in range(head.chunks):
             data += (await self._expect(AuditEntries)).data
