@@ -81,7 +81,7 @@ class Sale:
     """A receipt whose counts are priced under a tariff: the fields that differ from SHEET and RECEIPT."""
 
     name: str
-    tariff: Mapping[str, int] = field(default_factory=dict)
+    tariff: Mapping[str, Any] = field(default_factory=dict)
     receipt: Mapping[str, Any] = field(default_factory=dict)
 
     def documents(self) -> tuple[Tariff, WorkReceipt]:
@@ -212,7 +212,8 @@ def source() -> str:
     """Text of the file."""
 
     def document(of: Any, like: Any) -> dict[str, Any]:
-        names = [name for name, _ in fields_of(type(of))]
+        struct: Any = type(of)
+        names = [name for name, _ in fields_of(struct)]
         return {n: _plain(getattr(of, n)) for n in names if like is None or getattr(of, n) != getattr(like, n)}
 
     rows = []

@@ -8,7 +8,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
-from eth_abi import decode, encode
+from eth_abi.abi import decode, encode
 from eth_hash.auto import keccak
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -44,7 +44,8 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Call:
 
 
 def words(document: Any) -> tuple[Any, ...]:
-    fields = fields_of(type(document))
+    struct: Any = type(document)
+    fields = fields_of(struct)
     return tuple(
         "0x" + getattr(document, name).hex() if sol == "address" else getattr(document, name) for name, sol in fields
     )
