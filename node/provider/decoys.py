@@ -152,7 +152,7 @@ class Decoys:
         if terms is None:
             return
         try:
-            await _Planting(self, terms, rules.epoch_seconds).run()
+            await _Planting(self, terms, epoch, rules.epoch_seconds).run()
         except (EngineFull, ValueError) as exc:
             log.warning("an error was due in epoch %d and could not be planted: %s", epoch, exc)
         else:
@@ -163,10 +163,10 @@ class Decoys:
 class _Planting:
     """One planted job, from its request to its last receipt."""
 
-    def __init__(self, decoys: Decoys, terms: Terms, epoch_s: int) -> None:
+    def __init__(self, decoys: Decoys, terms: Terms, epoch: int, epoch_s: int) -> None:
         self._of = decoys
         self._terms = terms
-        self._epoch_s = epoch_s
+        self._epoch, self._epoch_s = epoch, epoch_s
         self._began = decoys._clock.monotonic()
 
     async def run(self) -> None:
@@ -184,6 +184,8 @@ class _Planting:
         job_id = JobId(digest(of._domain, request))
         seed = derive_seed(job_id, request.client_nonce, nonce)
         accept = Accept(Digest(job_id), Digest(nonce), seed, of._clock.now_ms())
+        if accept.accepted_at // 1000 // self._epoch_s != self._epoch:
+            raise ValueError("the epoch ended at this moment, and the error is due in no later one")
         if not self._terms.tariff.valid_from <= accept.accepted_at // 1000 < self._terms.tariff.valid_until:
             raise ValueError("the price sheet in force ended at this moment")
         opened = JobOpened(
@@ -200,7 +202,7 @@ class _Planting:
         self._began = of._clock.monotonic()
         of._accept(job_id, accept.accepted_at)
         try:
-            await of._store.put_value(of._slot(accept.accepted_at // 1000 // self._epoch_s), job_id)
+            await of._store.put_value(of._slot(self._epoch), job_id)
             await of._store.write(opened, PromptKept(Role.PROVIDER, job_id, salt, prompt))
             engine_request = EngineRequest(prompt, seed, DECOY_TOKENS, Sampling(), options, Urgency.STANDARD)
             await self._deliver(work, engine_request)

@@ -237,10 +237,23 @@ class Epochs:
         while self._rules is not None:
             await self.commit_due()
             now = self._clock.monotonic()
-            if self.active and now - looked_at >= PLANT_LOOK_S:
+            if now - looked_at >= PLANT_LOOK_S:
                 looked_at = now
-                await self._decoys.plant_if_due(self._rules, self.epoch_of(self._clock.now_ms()), self._last_made)
+                await self.plant_due()
             await self._clock.sleep(TICK_S)
+
+    async def plant_due(self) -> None:
+        """Plant the error that the last commitment obliges to, if it does. Raises: ChainError, StoreError.
+
+        Only an error in the very next commitment is excused by that obligation. So none is planted while an epoch
+        before the running one is still to be committed, or while a commitment still has to find its place on chain: it
+        would stand between the two, and the planted error would cost the whole stake.
+        """
+        if self._rules is None or not self.active or self._unposted:
+            return
+        epoch = self.epoch_of(self._clock.now_ms())
+        if epoch == self._next:
+            await self._decoys.plant_if_due(self._rules, epoch, self._last_made)
 
     async def commit_due(self) -> None:
         """Commit what is over and closed, and post what is not in a block yet. Raises: ChainError, StoreError."""

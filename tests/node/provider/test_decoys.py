@@ -114,3 +114,52 @@ async def test_an_engine_that_is_full_plants_nothing_and_nothing_breaks(caplog: 
     (newest, *_) = await desk.store.commitments()
     assert newest.record.decoy == ZERO_DIGEST and newest.record.commitment.count == 1
     assert newest.record.key == case_key(desk.wallet.address, desk.profile_id, desk.epoch() - 1)
+
+
+async def test_no_error_is_planted_behind_an_epoch_that_is_still_to_be_committed() -> None:
+    """The obligation excuses the very next commitment: an error in the one after it would cost the whole stake."""
+    desk = await Desk.made(forced_bps=10_000)
+    await desk.epochs.join()
+    await committed(desk, 1)
+    await draw(desk)
+    long = await desk.serve(2)
+    desk.running[long.entry.job_id] = desk.clock.now_ms()
+    desk.pass_epoch()
+    await desk.serve(3)
+    await desk.epochs.commit_due()
+    await desk.epochs.plant_due()
+    assert desk.decoys.planted == 0, "the epoch before is held up by a running job, and comes first"
+    del desk.running[long.entry.job_id]
+    await desk.epochs.commit_due()
+    await desk.epochs.plant_due()
+    assert desk.decoys.planted == 0, "that commitment is the last one now, and has no beacon"
+    await draw(desk)
+    await desk.epochs.plant_due()
+    assert desk.decoys.planted == 1
+
+
+async def test_no_error_is_planted_while_a_commitment_is_not_on_chain() -> None:
+    desk = await Desk.made(forced_bps=10_000)
+    await desk.epochs.join()
+    await committed(desk, 1)
+    await draw(desk)
+    await desk.serve(2)
+    desk.epochs._unposted = [desk.profile_id]
+    await desk.epochs.plant_due()
+    assert desk.decoys.planted == 0
+    desk.epochs._unposted = []
+    await desk.epochs.plant_due()
+    assert desk.decoys.planted == 1
+
+
+async def test_no_error_slips_into_the_next_epoch(caplog: pytest.LogCaptureFixture) -> None:
+    desk = await Desk.made(forced_bps=10_000)
+    await desk.epochs.join()
+    await committed(desk, 1)
+    await draw(desk)
+    await desk.serve(2)
+    epoch = desk.epoch()
+    desk.pass_epoch()
+    await desk.serve(3)
+    await desk.decoys.plant_if_due(desk.rules, epoch, desk.epochs._last_made)
+    assert desk.decoys.planted == 0 and "ended at this moment" in caplog.text
