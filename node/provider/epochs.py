@@ -402,20 +402,30 @@ class Epochs:
         if that is soon. What is left is committed at the next start. Raises: StoreError."""
         if self._rules is None:
             return
+        why = ""
         try:
             async with asyncio.timeout(limit_s):
-                while await self._pending():
-                    await self.commit_due()
+                await self.commit_due()
+                while await self._pending() and (self._unposted or self._ends_in_s() < limit_s):
                     await self._clock.sleep(min(TICK_S, limit_s / 4))
+                    await self.commit_due()
+                if not await self._pending():
+                    return
         except (TimeoutError, ChainError) as exc:
-            current = self.epoch_of(self._clock.now_ms())
-            due = (current + 1) * self._rules.epoch_seconds + self._rules.commit_window
-            log.warning(
-                "jobs of the last epoch are not committed to yet: start this node again before Unix second %d, else "
-                "anybody can have a part of the stake slashed for it%s",
-                due,
-                f" ({exc})" if str(exc) else "",
-            )
+            why = f" ({exc})" if str(exc) else ""
+        due = (self.epoch_of(self._clock.now_ms()) + 1) * self._rules.epoch_seconds + self._rules.commit_window
+        log.warning(
+            "jobs of the last epoch are not committed to yet: start this node again before Unix second %d, else "
+            "anybody can have a part of the stake slashed for it%s",
+            due,
+            why,
+        )
+
+    def _ends_in_s(self) -> float:
+        """Seconds until the running epoch can be committed to."""
+        assert self._rules is not None
+        now = self._clock.now_ms()
+        return ((self.epoch_of(now) + 1) * self._rules.epoch_seconds * 1000 + GRACE_MS - now) / 1000
 
     async def _pending(self) -> bool:
         """Whether there is a job that is not committed to, or a commitment that no block is known to hold."""

@@ -261,7 +261,7 @@ async def test_a_stop_waits_for_the_epoch_to_end_and_commits() -> None:
     await desk.epochs.join()
     first = desk.epoch()
     await desk.serve(1)
-    await desk.epochs.finish(5.0)
+    await desk.epochs.finish(EPOCH_S + 2.0)
     assert await on_chain(desk, first) is not None
 
 
@@ -274,3 +274,13 @@ async def test_a_stop_says_until_when_to_start_again_what_it_could_not_commit(ca
     await desk.epochs.finish(5.0)
     due = (desk.epoch() + 1) * EPOCH_S + desk.rules.commit_window
     assert str(due) in caplog.text
+
+
+async def test_a_stop_does_not_wait_for_an_epoch_that_ends_too_late(caplog: pytest.LogCaptureFixture) -> None:
+    desk = await Desk.made()
+    await desk.epochs.join()
+    await desk.serve(1)
+    before = desk.clock.now_ms()
+    await desk.epochs.finish(0.5)
+    assert desk.clock.now_ms() == before, "no sleep"
+    assert "start this node again before" in caplog.text and await desk.store.commitments() == []
