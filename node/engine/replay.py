@@ -155,8 +155,11 @@ class TorchReplayer:
 
         def call() -> _T:
             self._abandoned = abandoned
-            with torch.inference_mode():
-                return work(*given)
+            try:
+                with torch.inference_mode():
+                    return work(*given)
+            except ValueError as exc:  # what no machine serves was looked for before: this one is our own
+                raise EngineError(f"the replayer failed at a text it had accepted; nothing was judged: {exc}") from exc
 
         try:
             return await asyncio.get_running_loop().run_in_executor(worker, call)

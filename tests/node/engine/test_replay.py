@@ -341,6 +341,20 @@ async def test_what_another_machine_may_do_is_held_against_nobody(
         await small.embed([ids(1, 40)], 16)
 
 
+async def test_a_defect_of_the_replayer_is_no_fault_of_the_text(
+    start_replayer: StartReplayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ValueError says that nobody can have served it; one out of the numbers themselves must not."""
+    replayer = await start_replayer()
+
+    def broken(self: TorchReplayer, request: ReplayRequest, matcher: object) -> Replay:
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(TorchReplayer, "_replay", broken)
+    with pytest.raises(EngineError, match="nothing was judged"):
+        await replayer.replay(again(ask(1, 10, 5), (Row(5, b"\0\0", bytes(16)),)))
+
+
 async def test_a_job_without_output_gives_nothing(start_replayer: StartReplayer) -> None:
     found = await (await start_replayer()).replay(again(ask(1, 10, 5), ()))
     assert found == Replay((), (), (), (), (), ())
