@@ -56,6 +56,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("role", "point"), EVERY, ids=lambda value: str(value))
 async def test_a_crash_loses_no_voucher_bills_nothing_twice_and_costs_an_increment_at_most(
     role: Role, point: str

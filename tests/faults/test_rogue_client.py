@@ -295,6 +295,7 @@ bytes_of_a_frame = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=False)
 @given(state=st.sampled_from(["idle", "asked", "running"]), babble=st.lists(bytes_of_a_frame, min_size=1, max_size=4))
 def test_whatever_a_client_says_in_whatever_state_only_its_stream_dies(state: str, babble: list[bytes]) -> None:

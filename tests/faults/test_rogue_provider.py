@@ -90,6 +90,7 @@ async def test_an_end_of_file_without_END_is_a_failure() -> None:
         _reached(rogue)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(stage=st.sampled_from(["asked", "requested", "running"]), babble=st.lists(bytes_of_a_frame, max_size=4))
 def test_whatever_a_provider_says_in_whatever_state_the_client_pays_nothing(stage: str, babble: list[bytes]) -> None:
@@ -158,6 +159,7 @@ def altered(receipt: WorkReceipt, name: str, amount: int) -> WorkReceipt:
     return replace(receipt, **{name: value + amount if amount % 2 or amount > value else value - amount})
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from(NAMES), amount=st.integers(1, 2**20), step=st.sampled_from([1, 2]), signed=st.booleans())
 def test_a_receipt_with_any_field_altered_pays_nothing_more(name: str, amount: int, step: int, signed: bool) -> None:

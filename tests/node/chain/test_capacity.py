@@ -258,6 +258,7 @@ class Life:
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_the_twin_and_the_contract_lead_the_same_life(seed: int, anvil_lab: AnvilLab) -> None:
     twin, real = await Life(MemoryLab(), seed).begin(), await Life(anvil_lab, seed).begin()

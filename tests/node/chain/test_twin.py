@@ -80,6 +80,7 @@ class Life:
         return [s and (s.owner, s.deposit, s.claimed, s.exit_at > 0) for s in slots], earned, held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_the_twin_and_the_contracts_lead_the_same_life(seed: int, anvil_lab: AnvilLab) -> None:
     twin, real = await Life(MemoryLab(), seed).begin(), await Life(anvil_lab, seed).begin()

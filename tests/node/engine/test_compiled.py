@@ -62,6 +62,7 @@ def test_kernels_compute_what_torch_computes(name: str, model_dir: Callable[[str
                 assert torch.equal(got.routing, expected.routing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["shipped", "qwen3", "mistral-window", "mixtral"])
 @settings(max_examples=12, deadline=None)
@@ -157,6 +158,7 @@ def test_sizes_that_fill_no_vector(sizes: dict[str, int], dtype: str, near: floa
     assert torch.allclose(got, expected, rtol=near, atol=near)
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build(tmp_path)
     run = subprocess.run
@@ -170,6 +172,7 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
 
 
+@pytest.mark.slow
 def test_other_flags_are_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build(tmp_path)
     monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-g0"))
@@ -210,6 +213,7 @@ def test_source_that_does_not_compile_is_said_with_the_compilers_words(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_options(tmp_path: Path) -> None:
     assert options("off", tmp_path) is None
     assert isinstance(options("on", tmp_path), Kernels)

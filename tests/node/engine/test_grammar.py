@@ -64,6 +64,7 @@ def text_of(tokenizer: Tokenizer, tokens: list[EngineToken]) -> str:
     return str(tokenizer.decode([token.token_id for token in tokens], skip_special_tokens=True))
 
 
+@pytest.mark.slow
 async def test_output_follows_its_schema(engine: TorchEngine, tokenizer: Tokenizer) -> None:
     """Several at once, hot and greedy, beside one without a grammar that says what it says alone."""
     free = await run(engine, JobOptions(), 50, 40)
@@ -119,6 +120,7 @@ async def test_a_lark_grammar_ends_where_nothing_can_follow(engine: TorchEngine,
     assert re.fullmatch("[a-z ]+", text_of(tokenizer, open_end))
 
 
+@pytest.mark.slow
 async def test_a_continuation_follows_on_in_the_grammar(engine: TorchEngine, start_engine: StartEngine) -> None:
     """Cut after any token, another engine writes the same rest; after the last, nothing but the end."""
     other = await start_engine("shipped", slots=2, max_context=600, compile_option="off")

@@ -93,6 +93,7 @@ def pair(name: str, served: Callable[[str], Path]) -> tuple[DecoderBase, Any]:
     return _OPEN[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERVED)
 @settings(max_examples=5, deadline=None)
 @given(number=st.integers(0, 1 << 20))
@@ -143,6 +144,7 @@ async def test_the_engine_writes_what_generate_writes(name: str, served: Callabl
         await engine.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt-neox", "phi", "gpt2", "olmo2"])
 def test_ste_formula_counts_what_torch_counts(name: str, served: Callable[[str], Path]) -> None:
     """Token by token, the cached ones first, uncounted."""

@@ -60,6 +60,7 @@ def plain(model_dir: Callable[[str], Path]) -> Plain:
     return Plain(model_dir("llama"))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(
     options=st.builds(

@@ -42,6 +42,7 @@ async def run(engine: TorchEngine, asked: EngineRequest) -> list[int]:
     return [token.token_id async for token in await engine.submit(asked)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "schedule"), [("shipped", 0), ("llama", 1), ("llama", 2), ("mixtral", 3), ("qwen3", 4)]
 )
