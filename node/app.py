@@ -32,7 +32,7 @@ from node.ports import (
 )
 from node.system import SystemClock, SystemEntropy
 from protocol.errors import TallyError
-from protocol.units import Address, Digest, Wei
+from protocol.units import Digest, Wei
 
 if TYPE_CHECKING:
     from node.chain.chain import Web3Chain
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from node.provider.provider import Provider
     from node.validator.shelf import Volume
     from node.validator.validator import Validator
-    from protocol.messages import Profile, Tariff
+    from protocol.messages import Profile
     from protocol.signing import Signer
 
 MIN_STAKE = Wei(1)
@@ -244,52 +244,6 @@ async def _control(config: NodeConfig, routes: Mapping[str, Any]) -> AsyncIterat
         await server.stop()
 
 
-def wanted_tariff(config: NodeConfig, wallet: Address, profile_id: Digest) -> Tariff:
-    """The price sheet the configuration describes, or its `tariff_file` holds. Raises: TariffSheetError.
-
-    Sequence and dates are filled in when it is logged; a signed tariff has its own.
-    """
-    from protocol.messages import Tariff
-
-    prices = config.provider
-    if prices.tariff_file is not None:
-        from node.tariff_sheet import served_tariff
-
-        return served_tariff(prices.tariff_file, wallet, profile_id)
-    return Tariff(
-        provider=wallet,
-        sequence=0,
-        profile_id=profile_id,
-        prompt_price=prices.prompt_price,
-        cached_price=prices.cached_price,
-        completion_price=prices.completion_price,
-        reasoning_price=prices.reasoning_price,
-        per_request=prices.per_request,
-        flex_bps=prices.flex_factor,
-        standard_bps=prices.standard_factor,
-        priority_bps=prices.priority_factor,
-        flex_ttft_ms=prices.flex_ttft_ms,
-        standard_ttft_ms=prices.standard_ttft_ms,
-        priority_ttft_ms=prices.priority_ttft_ms,
-        flex_tpot_ms=prices.flex_tpot_ms,
-        standard_tpot_ms=prices.standard_tpot_ms,
-        priority_tpot_ms=prices.priority_tpot_ms,
-        flex_refund_bps=prices.refund_share,
-        standard_refund_bps=prices.refund_share,
-        priority_refund_bps=prices.refund_share,
-        long_context_threshold=prices.long_context_threshold,
-        long_context_bps=prices.long_context_factor,
-        privacy_bps=prices.privacy_factor,
-        reserved_discount_bps=prices.reserved_discount,
-        embedding_price=prices.embedding_price,
-        cache_ttl_s=prices.cache_ttl,
-        base_min_bps=prices.base_min_factor,
-        base_max_bps=prices.base_max_factor,
-        valid_from=0,
-        valid_until=0,
-    )
-
-
 @asynccontextmanager
 async def _serving(config: NodeConfig, model_dir: Path, model: str) -> AsyncIterator[tuple[Engine, ModelCard]]:
     """The engine that the configuration describes, started, and the card of what it serves under the name `model`.
@@ -349,6 +303,7 @@ async def provider_app(config: NodeConfig) -> AsyncIterator[ProviderApp]:
     from node.provider.offering import OfferTexts
     from node.provider.provider import Provider, ProviderSettings
     from node.routes import journal_routes, tariff_routes
+    from node.tariff_sheet import wanted_tariff
 
     wanted = config.provider
     if wanted.model_dir is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from node.config_values import Kind, count, factor, price, tally
 from protocol.bundle_json import MalformedBundle, domain_json, parse, signed_json
@@ -25,6 +25,9 @@ from protocol.messages import Tariff
 from protocol.signing import verify
 from protocol.tariff import MAX_MULTIPLIER_BPS, MAX_PRICE, check_tariff
 from protocol.units import BPS, WEI_PER_TALLY, ZERO_ADDRESS, ZERO_DIGEST, Address, Digest
+
+if TYPE_CHECKING:
+    from node.config import NodeConfig
 
 FORMAT: Final = "tallystick-tariff/1"
 SIGNED_FORMAT: Final = "tallystick-signed-tariff/1"
@@ -358,3 +361,45 @@ def served_tariff(path: Path, wallet: Address, profile_id: Digest) -> Tariff:
         if named not in (ours, UNFILLED[key]):
             raise TariffSheetError(key, f"is 0x{named.hex()}, and this node serves as 0x{ours.hex()}")
     return replace(tariff, provider=wallet, profile_id=profile_id)
+
+
+def wanted_tariff(config: NodeConfig, wallet: Address, profile_id: Digest) -> Tariff:
+    """The price sheet the configuration describes, or its `tariff_file` holds. Raises: TariffSheetError.
+
+    Sequence and dates are filled in when it is logged; a signed tariff has its own.
+    """
+    prices = config.provider
+    if prices.tariff_file is not None:
+        return served_tariff(prices.tariff_file, wallet, profile_id)
+    return Tariff(
+        provider=wallet,
+        sequence=0,
+        profile_id=profile_id,
+        prompt_price=prices.prompt_price,
+        cached_price=prices.cached_price,
+        completion_price=prices.completion_price,
+        reasoning_price=prices.reasoning_price,
+        per_request=prices.per_request,
+        flex_bps=prices.flex_factor,
+        standard_bps=prices.standard_factor,
+        priority_bps=prices.priority_factor,
+        flex_ttft_ms=prices.flex_ttft_ms,
+        standard_ttft_ms=prices.standard_ttft_ms,
+        priority_ttft_ms=prices.priority_ttft_ms,
+        flex_tpot_ms=prices.flex_tpot_ms,
+        standard_tpot_ms=prices.standard_tpot_ms,
+        priority_tpot_ms=prices.priority_tpot_ms,
+        flex_refund_bps=prices.refund_share,
+        standard_refund_bps=prices.refund_share,
+        priority_refund_bps=prices.refund_share,
+        long_context_threshold=prices.long_context_threshold,
+        long_context_bps=prices.long_context_factor,
+        privacy_bps=prices.privacy_factor,
+        reserved_discount_bps=prices.reserved_discount,
+        embedding_price=prices.embedding_price,
+        cache_ttl_s=prices.cache_ttl,
+        base_min_bps=prices.base_min_factor,
+        base_max_bps=prices.base_max_factor,
+        valid_from=0,
+        valid_until=0,
+    )

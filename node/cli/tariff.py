@@ -59,8 +59,16 @@ def new(session: Session, source: Path | None, changes: tuple[str, ...], output:
 
     Prices are TALLY per million tokens, factors and shares plain decimals. A tier that is null is not offered.
     """
-    from node.app import wanted_tariff
-    from node.tariff_sheet import TariffSheetError, checked, oddities, read_file, read_sheet, sheet_json, with_values
+    from node.tariff_sheet import (
+        TariffSheetError,
+        checked,
+        oddities,
+        read_file,
+        read_sheet,
+        sheet_json,
+        wanted_tariff,
+        with_values,
+    )
     from protocol.units import ZERO_ADDRESS, ZERO_DIGEST
 
     config = session.load(provider__tariff_file="")

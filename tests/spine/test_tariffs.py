@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from node.app import wanted_tariff
 from node.config import load
 from node.provider.offering import TariffElsewhere
 from node.routes import tariff_routes
-from node.tariff_sheet import SignedSheet, TariffSheetError, served_tariff, sheet_json, signed_text
+from node.tariff_sheet import SignedSheet, TariffSheetError, served_tariff, sheet_json, signed_text, wanted_tariff
 from protocol.bundle_json import document_json
 from protocol.eip712 import digest, hash_struct
 from protocol.messages import Tariff

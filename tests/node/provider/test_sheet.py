@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from node.app import wanted_tariff
 from node.config import load
+from node.tariff_sheet import wanted_tariff
 from protocol.errors import FieldOutOfRange
 from protocol.messages import Tariff
 from protocol.tariff import check_tariff
