@@ -55,8 +55,18 @@ _SAID: Final[dict[str, Callable[[_Facts, int], tuple[str, str]]]] = {
         f"the reservation ends at {when(f['end'])} anyway; ended now it would end at {when(f['earliest'])}",
         "",
     ),
+    "AlreadyEnlisted": lambda _, __: ("this home's wallet is enlisted already", "`tally validator status` shows it"),
+    "NotEnlisted": lambda _, __: ("this home's wallet is not enlisted", "`tally validator enlist` enlists it"),
+    "NothingUnbonding": lambda _, __: (
+        "none of this wallet's stake is unbonding",
+        "`tally validator retire --unbond` begins to take it back",
+    ),
+    "StillBonded": lambda f, _: (
+        f"the stake can be withdrawn from {when(f['releaseAt'])} on",
+        "`tally validator withdraw` then takes it back",
+    ),
 }
-"""By the custom error's name in IReservations.sol, whose NatSpec has their units: periods, micro-STE per second, wei,
+"""By the custom error's name in IReservations.sol, ICourt.sol and IRegistry.sol, whose NatSpec has their units: periods, micro-STE per second, wei,
 Unix seconds. The second text is what to do about it."""
 
 

@@ -63,12 +63,14 @@ def asked(tally: Tally, *args: str) -> Any:
 def test_a_wallet_enlists_shows_its_standing_and_retires(furnished: Path, tally: Tally, lab: MemoryLab) -> None:
     assert "no: `tally validator enlist`" in tally("validator", "status").stdout
     asked(tally, "validator", "enlist", "--yes")
+    assert "is enlisted already" in tally("validator", "enlist", "--yes").stderr
     facts = asked(tally, "validator", "status")
     assert facts["enlisted"] and facts["stake_wei"] == str(100 * WEI_PER_TALLY) and facts["validators"] == 1
     asked(tally, "validator", "retire", "--unbond", "--yes")
     facts = asked(tally, "validator", "status")
     assert not facts["enlisted"] and facts["unbonding_wei"] == str(100 * WEI_PER_TALLY)
     assert "unbonding  100 TALLY" in tally("validator", "status").stdout
+    assert "can be withdrawn from" in tally("validator", "withdraw", "--yes").stderr
     lab.world.advance(10_000)
     asked(tally, "validator", "withdraw", "--yes")
     assert lab.world.head.state.tally[WALLET.address] == 1_000 * WEI_PER_TALLY
