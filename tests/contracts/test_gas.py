@@ -18,12 +18,17 @@ from protocol.messages import SessionConsent, Voucher
 from protocol.signing import Signer
 from protocol.units import Address
 from tests.contracts.conftest import PERIOD, WEI, Chain, deploy_all
+from tests.contracts.court_gas import measure_court
 
 SNAPSHOT = FOLDER / "gas-snapshot.json"
 
 TARGET_PER_PAIR = 10_500
 """Most gas per pair at N = 100. About 9,490 of it cannot be saved with these bytes and this slot: 3,000 ecrecover and
 100 to call it, 2,100 + 2,900 to read and rewrite a cold slot, 1,180 calldata, 210 as a share of 21,000."""
+
+COURT_SLACK = 0.05
+"""Share by which the Court's numbers may differ from the snapshot: who is drawn follows from a block hash, which no
+fixed time makes the same again; the draw sorts ranks, and of 40 in another order that takes some 40,000 gas more or less."""
 
 COUNTS = (1, 10, 100)
 DEPOSIT = 1_000 * WEI
@@ -116,7 +121,16 @@ def measure(chain: Chain) -> dict[str, int]:
 def test_gas_matches_the_snapshot_and_the_target(chain: Chain) -> None:
     measured = measure(chain)
     assert measured["settle_100_steady_per_pair"] <= TARGET_PER_PAIR
-    assert measured == json.loads(SNAPSHOT.read_text()), "rewrite it: python -m tests.contracts.test_gas"
+    known = json.loads(SNAPSHOT.read_text())
+    assert measured == {name: known[name] for name in measured}, "rewrite it: python -m tests.contracts.test_gas"
+
+
+@pytest.mark.slow
+def test_gas_of_a_case_is_near_the_snapshot() -> None:
+    measured = measure_court()
+    known = json.loads(SNAPSHOT.read_text())
+    for name, gas in measured.items():
+        assert gas == pytest.approx(known[name], rel=COURT_SLACK), name
 
 
 if __name__ == "__main__":
@@ -124,4 +138,4 @@ if __name__ == "__main__":
 
     with Anvil() as anvil:
         fresh = deploy_all(Web3(HTTPProvider(anvil.rpc_url)))
-        SNAPSHOT.write_text(json.dumps(measure(fresh), indent=1) + "\n")
+        SNAPSHOT.write_text(json.dumps(measure(fresh) | measure_court(), indent=1) + "\n")
