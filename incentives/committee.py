@@ -16,12 +16,15 @@ from typing import Final
 from eth_hash.auto import keccak
 
 from incentives.audit_draw import gaps_match, lower_median, median_gaps
-from incentives.evidence import SLASH_AT, Evidence
+from incentives.evidence import SLASH_AT, Evidence, far_above
 from protocol.errors import TallyError
 from protocol.units import ZERO_DIGEST, Address, AuditOutcome, Digest
 
 MIN_COMMITTEE: Final = 3
 """Fewest members a committee can have. With two, one liar would decide or block every case."""
+
+FORCED_TOKENS: Final = 64
+"""Output of a planted error. Unit: tokens. Doubling it doubles what a provider can cheat by while one is due."""
 
 GUILTY: Final = frozenset({AuditOutcome.WITHHELD, AuditOutcome.FORGED, AuditOutcome.IMPROBABLE})
 """Outcomes that the accused is punished for."""
@@ -167,6 +170,12 @@ def penalised(decision: Decision, was_forced: bool, votes: Sequence[Vote]) -> tu
     found = AuditOutcome.IMPROBABLE if was_forced else decision.found
     wrong = OPPOSITE.get(found) if found is not None else None
     return tuple(vote.validator for vote in votes if vote.outcome == wrong and not gaps_match(vote.gaps, decision.gaps))
+
+
+def excused_flags(tokens: int, flag_ppm: int) -> int:
+    """Most flags among `tokens` that a forced error explains: those of its own tokens, and what honest work beside it
+    has all but never more of. A case with more was not only forced, and is not excused."""
+    return FORCED_TOKENS + far_above(tokens, flag_ppm)
 
 
 # ----------------------------------------------------------------------------------------------------------- next step

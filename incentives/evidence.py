@@ -135,7 +135,20 @@ def hard_fail(n: int, flags: int, voids: int, flag_ppm: int) -> bool:
 
     Raises: FieldOutOfRange.
     """
-    return tail_up(n, flags, flag_ppm) < HARD_FAIL or tail_up(n, voids, VOID_PPM) < HARD_FAIL
+    return _is_rare(n, flags, flag_ppm) or _is_rare(n, voids, VOID_PPM)
+
+
+def far_above(n: int, ppm: int) -> int:
+    """Twice the mean number of flags in `n` tokens and 64 more: as many are rarer than 10^-9 in honest work, whatever
+    `n` and `ppm` (Chernoff: e^-m (e m / k)^k at k = 2 m + 64)."""
+    return 2 * -(-n * ppm // _MILLION) + 64
+
+
+def _is_rare(n: int, k: int, ppm: int) -> bool:
+    """A count beyond `far_above` is judged as that one: on chain a tail costs gas per flag, and nobody could pay for the
+    verdict on a long output of which every token is flagged. Raises: FieldOutOfRange."""
+    _check(n, k, ppm, MAX_TOKENS)
+    return tail_up(n, min(k, far_above(n, ppm)), ppm) < HARD_FAIL
 
 
 # -------------------------------------------------------------------------------------------------- evidence

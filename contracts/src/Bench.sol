@@ -17,6 +17,9 @@ struct Finding {
 /// @notice The rules of a committee without its state: who is drawn, what a quorum is, what it found
 /// (incentives/committee.py and verdicts.py).
 library Bench {
+    /// @dev Output of a planted error. Doubling it doubles what a provider can cheat by while one is due.
+    uint256 private constant FORCED_TOKENS = 64;
+
     /// @notice Votes for one outcome that decide a committee of `size`: 3 of 3, 3 of 4, 5 of 7, 15 of 21.
     function quorum(uint256 size) internal pure returns (uint256) {
         return size - (size - 1) / 3;
@@ -98,6 +101,12 @@ library Bench {
             mstore(voids, votes)
         }
         return Finding(Gaps.lowerMedian(tokens), Gaps.lowerMedian(flags), Gaps.lowerMedian(voids), Gaps.median(gaps));
+    }
+
+    /// @notice Most flags that a forced error explains: its 64 tokens (node/provider/decoys.py), and what honest work
+    /// beside it has all but never more of. More were not forced, and no provider may cheat on top of an error.
+    function excused(Finding memory finding, uint256 flagPpm) internal pure returns (uint256) {
+        return FORCED_TOKENS + Evidence.farAbove(finding.tokens, flagPpm);
     }
 
     /// @notice Whether a verdict's outcome is not what its own counts give, or its counts cannot be.

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 pragma solidity 0.8.37;
 
+import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {Bench, Finding} from "./Bench.sol";
 import {EProcess, Evidence} from "./Evidence.sol";
 import {ICourt} from "./ICourt.sol";
 import {IRegistry} from "./IRegistry.sol";
 import {Entry, SumNode, SumTree} from "./SumTree.sol";
-import {Profile, Types, Verdict, WorkReceipt} from "./Types.sol";
+import {JobRequest, Profile, Types, Verdict, WorkReceipt} from "./Types.sol";
 
 /// @title Chamber: who can be drawn, the rules of a committee, and the evidence against each provider.
 /// @notice The Court's other half: it creates it and alone changes it. What its functions revert with is in ICourt.
@@ -19,6 +20,8 @@ contract Chamber {
 
     /// @notice Fewest members of a committee. With two, one liar would decide or block every case.
     uint256 public constant LEAST_COMMITTEE = 3;
+
+    uint256 private constant BPS = 10_000;
 
     /// @notice `caller` is not the Court.
     error NotCourt(address caller, address court);
@@ -105,7 +108,7 @@ contract Chamber {
 
     /// @notice The outcome that a quorum of a round agreed on, and what those who did measured. Of the caller's case.
     function count(bytes32 caseId, uint8 round)
-        external
+        public
         view
         returns (bool decided, ICourt.Outcome found, Finding memory finding)
     {
@@ -125,18 +128,48 @@ contract Chamber {
         return (Types.hashProfile(profile), profile.flagPpm);
     }
 
-    /// @notice Whether an entry is at its index of a commitment, and the receipt is the entry's.
-    /// @param args Arguments of ICourt.compensate, or of disqualify, which begin alike.
-    /// @param separator Of the domain that the receipt was signed under.
-    function inTree(bytes calldata args, bytes32 separator, uint256 count_, bytes32 root, uint256 total)
+    /// @notice Whether an entry is at its index of the caller's commitment, and the receipt is the entry's.
+    /// @param args Arguments of ICourt.compensate.
+    function inTree(bytes calldata args) external view returns (bool) {
+        (bytes32 key, Entry memory entry, uint256 index, SumNode[] memory siblings, WorkReceipt memory receipt) =
+            abi.decode(args, (bytes32, Entry, uint256, SumNode[], WorkReceipt));
+        if (_digest(Types.hashWorkReceipt(receipt)) != entry.receipt) return false;
+        return _stands(ICourt(msg.sender).commitments(key), entry, index, siblings);
+    }
+
+    /// @notice The session key that signed the request of a job of the caller's commitment; zero when the entry is not
+    /// at its index, or the request not the job's, or not signed by its client.
+    /// @dev The client's own signature, and not the provider's word in a receipt: a provider could name any channel.
+    /// @param args Arguments of ICourt.disqualify.
+    function buyerOf(bytes calldata args) external view returns (address) {
+        (
+            bytes32 key,
+            Entry memory entry,
+            uint256 index,
+            SumNode[] memory siblings,
+            JobRequest memory request,
+            bytes memory signature
+        ) = abi.decode(args, (bytes32, Entry, uint256, SumNode[], JobRequest, bytes));
+        ICourt.Made memory made = ICourt(msg.sender).commitments(key);
+        bytes32 jobId = _digest(Types.hashJobRequest(request));
+        if (jobId != entry.jobId || request.provider != made.provider) return address(0);
+        if (!_stands(made, entry, index, siblings)) return address(0);
+        (address signer,,) = ECDSA.tryRecover(jobId, signature);
+        return signer == request.client ? signer : address(0);
+    }
+
+    /// @notice Whether the improbable tokens of the caller's case are an error that the commitment before it forced: the
+    /// secret is of its lot, the draw says so, and the case shows no more flags than such an error explains.
+    function excuses(bytes32 caseId, uint8 round, uint256 flagPpm, bytes32 previous, bytes32 secret, uint256 forcedBps)
         external
-        pure
+        view
         returns (bool)
     {
-        (, Entry memory entry, uint256 index, SumNode[] memory siblings, WorkReceipt memory receipt) =
-            abi.decode(args, (bytes32, Entry, uint256, SumNode[], WorkReceipt));
-        if (Types.digest(separator, Types.hashWorkReceipt(receipt)) != entry.receipt) return false;
-        return SumTree.verify(entry, index, count_, siblings, root, total);
+        ICourt.Made memory before = ICourt(msg.sender).commitments(previous);
+        if (before.beacon == 0 || keccak256(abi.encode(secret)) != before.lot) return false;
+        if (uint256(keccak256(abi.encode(secret, before.beacon))) % BPS >= forcedBps) return false;
+        (,, Finding memory finding) = count(caseId, round);
+        return finding.flags <= Bench.excused(finding, flagPpm);
     }
 
     /// @notice Evidence against a provider, in 1e-18: 1 before its first case.
@@ -144,28 +177,39 @@ contract Chamber {
         return Evidence.value(_processes[provider]);
     }
 
-    /// @notice What follows for a provider from what a quorum found, and its evidence when the case is kept.
-    /// @dev No bet is placed on what was seen of forged or withheld work: the provider chose it.
+    /// @notice What follows for a provider from what a quorum found, and its evidence with this case. Only the Court.
+    /// @dev The evidence is kept unless the provider is guilty: then it may still be cleared, and begins again when not.
+    /// No bet is placed on what was seen of forged or withheld work: the provider chose it.
     function sentence(address provider, ICourt.Outcome found, Finding calldata finding, uint256 flagPpm)
         external
-        view
+        onlyCourt
         returns (ICourt.Outcome outcome, uint256 evidence)
     {
         if (found == ICourt.Outcome.WITHHELD || found == ICourt.Outcome.FORGED) {
             return (found, evidenceOf(provider));
         }
-        evidence = Evidence.value(_after(provider, finding, flagPpm));
+        EProcess memory process =
+            Evidence.update(_processes[provider], finding.tokens, finding.flags, finding.voids, flagPpm);
+        evidence = Evidence.value(process);
         outcome = evidence >= Evidence.SLASH_AT ? ICourt.Outcome.IMPROBABLE : found;
-    }
-
-    /// @notice Count a case. Only the Court, once per case.
-    function keep(address provider, Finding calldata finding, uint256 flagPpm) external onlyCourt {
-        _processes[provider] = _after(provider, finding, flagPpm);
+        if (outcome != ICourt.Outcome.IMPROBABLE) _processes[provider] = process;
     }
 
     /// @notice Begin again with no evidence. Only the Court, when it slashes for improbable tokens.
     function forget(address provider) external onlyCourt {
         delete _processes[provider];
+    }
+
+    function _stands(ICourt.Made memory made, Entry memory entry, uint256 index, SumNode[] memory siblings)
+        private
+        pure
+        returns (bool)
+    {
+        return SumTree.verify(entry, index, made.count, siblings, made.root, made.total);
+    }
+
+    function _digest(bytes32 structHash) private view returns (bytes32) {
+        return Types.digest(registry.domainSeparator(), structHash);
     }
 
     function _activeOf(address wallet) private view returns (uint256 active) {
@@ -184,13 +228,5 @@ contract Chamber {
         assembly ("memory-safe") {
             mstore(pool, taken)
         }
-    }
-
-    function _after(address provider, Finding calldata finding, uint256 flagPpm)
-        private
-        view
-        returns (EProcess memory)
-    {
-        return Evidence.update(_processes[provider], finding.tokens, finding.flags, finding.voids, flagPpm);
     }
 }

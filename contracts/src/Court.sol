@@ -13,7 +13,7 @@ import {IFaults} from "./IFaults.sol";
 import {IRegistry} from "./IRegistry.sol";
 import {ITallyToken} from "./ITallyToken.sol";
 import {Entry, SumNode} from "./SumTree.sol";
-import {Commitment, Profile, Types, Verdict, WorkReceipt} from "./Types.sol";
+import {Commitment, JobRequest, Profile, Types, Verdict, WorkReceipt} from "./Types.sol";
 
 /// @title Court, as promised in ICourt.
 contract Court is ICourt {
@@ -83,7 +83,8 @@ contract Court is ICourt {
         if (r.committees[0] < 3 || r.committees[2] > MAX_COMMITTEE) revert BadRules();
         if (r.committees[1] < r.committees[0] || r.committees[2] < r.committees[1]) revert BadRules();
         uint256 round = uint256(r.submitWindow) + r.revealWindow + r.answerWindow;
-        uint256 judgement = uint256(r.epochSeconds) + r.commitWindow + ROUNDS * round;
+        // As long again for the transactions between the windows, which somebody has to send and the chain to take.
+        uint256 judgement = 2 * (uint256(r.epochSeconds) + r.commitWindow + ROUNDS * round);
         uint256 unbondDelay = registry_.unbondDelay();
         if (unbondDelay <= judgement) revert UnbondDelayTooShort(unbondDelay, judgement);
         registry = registry_;
@@ -144,7 +145,10 @@ contract Court is ICourt {
 
         bytes32 previous = _newest[c.provider][c.profileId];
         Made storage before = _made[previous];
-        _newest[c.provider][c.profileId] = key;
+        uint64 earlier = before.earlier + before.count;
+        // Whoever chose the order of its commitments could try lots until one forces, and so excuses, what it wants.
+        if (previous == 0 || c.epoch > before.epoch) _newest[c.provider][c.profileId] = key;
+        else previous = 0;
         _made[key] = Made({
             provider: c.provider,
             epoch: c.epoch,
@@ -154,7 +158,7 @@ contract Court is ICourt {
             lot: c.lot,
             total: c.total,
             blockNumber: uint40(block.number),
-            earlier: previous == 0 ? 0 : before.earlier + before.count,
+            earlier: earlier,
             previous: previous,
             beacon: 0
         });
@@ -228,22 +232,13 @@ contract Court is ICourt {
         Entry calldata entry,
         uint256,
         SumNode[] calldata,
-        WorkReceipt calldata receipt,
+        JobRequest calldata,
+        bytes calldata,
         address member
     ) external {
-        Case storage c = _known(caseId);
-        (CaseState state, uint40 until) = _phase(c);
-        _require(state == CaseState.SUBMIT || state == CaseState.REVEAL, state, until);
-        _requireInTree(_made[caseId]);
-        address payer = _payerOf(caseId, receipt.client);
-        if (payer != member) revert NotItsOwnCase(member, payer);
-        Seat storage seat = _seatOf(caseId, c, member);
-        SeatStatus before = seat.status;
-        if (before == SeatStatus.REMOVED) revert AlreadyRevealed(member);
-        seat.status = SeatStatus.REMOVED;
-        (c.state, c.until) = (state, until);
-        if (before == SeatStatus.EMPTY) _countSubmitted(c);
-        if (before != SeatStatus.REVEALED) ++c.revealed;
+        address client = chamber.buyerOf(msg.data[4:]);
+        if (client == address(0)) revert NotInTheTree();
+        _strike(caseId, client, member);
         emit Disqualified(caseId, member, entry.jobId);
     }
 
@@ -293,11 +288,9 @@ contract Court is ICourt {
     /// @inheritdoc ICourt
     function answer(bytes32 caseId, bytes32 secret) external {
         Case storage c = _accused(caseId);
-        Made storage before = _made[_made[caseId].previous];
-        bytes32 beacon = before.beacon;
-        if (c.outcome != Outcome.IMPROBABLE || beacon == 0) revert NotForced();
-        if (keccak256(abi.encode(secret)) != before.lot) revert NotForced();
-        if (uint256(keccak256(abi.encode(secret, beacon))) % BPS >= _forcedBps) revert NotForced();
+        bytes32 previous = _made[caseId].previous;
+        bool excused = chamber.excuses(caseId, c.round, c.flagPpm, previous, secret, _forcedBps);
+        if (c.outcome != Outcome.IMPROBABLE || !excused) revert NotForced();
 
         c.state = CaseState.CLOSED;
         c.until = uint40(block.timestamp);
@@ -346,7 +339,7 @@ contract Court is ICourt {
     ) external {
         Case storage c = _known(caseId);
         if (c.pool == c.paid) revert NothingToPay();
-        _requireInTree(_made[caseId]);
+        if (!chamber.inTree(msg.data[4:])) revert NotInTheTree();
         _markCompensated(caseId, index);
         address payer = _payerOf(caseId, receipt.client);
         if (payer == address(0)) revert NoPayer(receipt.client);
@@ -508,6 +501,22 @@ contract Court is ICourt {
         revert NotAMember(validator);
     }
 
+    /// @dev Removes the vote of `member`, who has to own the channel that `client` spends from.
+    function _strike(bytes32 caseId, address client, address member) private {
+        Case storage c = _known(caseId);
+        (CaseState state, uint40 until) = _phase(c);
+        _require(state == CaseState.SUBMIT || state == CaseState.REVEAL, state, until);
+        address payer = _payerOf(caseId, client);
+        if (payer != member) revert NotItsOwnCase(member, payer);
+        Seat storage seat = _seatOf(caseId, c, member);
+        SeatStatus before = seat.status;
+        if (before == SeatStatus.REMOVED) revert AlreadyRevealed(member);
+        seat.status = SeatStatus.REMOVED;
+        (c.state, c.until) = (state, until);
+        if (before == SeatStatus.EMPTY) _countSubmitted(c);
+        if (before != SeatStatus.REVEALED) ++c.revealed;
+    }
+
     /// @dev One more seat has nothing to submit; after the last one reveals begin.
     function _countSubmitted(Case storage c) private {
         if (++c.submitted == c.seats && c.state == CaseState.SUBMIT) {
@@ -562,7 +571,6 @@ contract Court is ICourt {
         c.until = uint40(block.timestamp) + (guilty ? _answerWindow : 0);
         emit Concluded(caseId, c.round, outcome, state, evidence);
         if (guilty) return;
-        chamber.keep(provider, finding, c.flagPpm);
         _settle(caseId, c, finding);
         _returnBonds(caseId, c);
     }
@@ -634,23 +642,14 @@ contract Court is ICourt {
 
     // ----------------------------------------------------------------------------------------- inside: documents
 
-    function _separator() private view returns (bytes32) {
-        return Types.domainSeparator(block.chainid, address(escrow));
-    }
-
     function _digest(bytes32 structHash) private view returns (bytes32) {
-        return Types.digest(_separator(), structHash);
+        return Types.digest(Types.domainSeparator(block.chainid, address(escrow)), structHash);
     }
 
     function _requireProvider(Commitment calldata c, bytes calldata signature) private view {
         (address recovered,,) = ECDSA.tryRecover(_digest(Types.hashCommitment(c)), signature);
         bool theirs = recovered != address(0) && recovered == registry.nodeKeyOf(c.provider);
         if (!theirs) revert NotTheProviders(recovered, c.provider);
-    }
-
-    /// @dev Of the entry and receipt among this call's arguments.
-    function _requireInTree(Made storage made) private view {
-        if (!chamber.inTree(msg.data[4:], _separator(), made.count, made.root, made.total)) revert NotInTheTree();
     }
 
     function _markCompensated(bytes32 caseId, uint256 index) private {

@@ -77,7 +77,21 @@ library Evidence {
 
     /// @notice Whether honest work has so many flags, or voids, in `n` tokens of one job with probability below 1e-9.
     function hardFail(uint256 n, uint256 flags, uint256 voids, uint256 flagPpm) internal pure returns (bool) {
-        return tailUp(n, flags, flagPpm) < HARD_FAIL || tailUp(n, voids, VOID_PPM) < HARD_FAIL;
+        return _isRare(n, flags, flagPpm) || _isRare(n, voids, VOID_PPM);
+    }
+
+    /// @notice Twice the mean number of flags in `n` tokens and 64 more. As many, or more, are rarer than 1e-9 in honest
+    /// work, whatever `n` and `ppm` (Chernoff: e^-m (e m / k)^k at k = 2 m + 64).
+    function farAbove(uint256 n, uint256 ppm) internal pure returns (uint256) {
+        return 2 * _ceilDiv(n * ppm, MILLION) + 64;
+    }
+
+    /// @dev A tail costs gas per flag, and is far below the bound long before all tokens of a long output are flagged:
+    /// a count beyond `farAbove` is judged as that one, or nobody could pay for the verdict on the worst of cheats.
+    function _isRare(uint256 n, uint256 k, uint256 ppm) private pure returns (bool) {
+        if (k > n || n > MAX_TOKENS || ppm == 0 || ppm > MAX_FLAG_PPM) revert ImpossibleCounts();
+        uint256 far = farAbove(n, ppm);
+        return tailUp(n, k < far ? k : far, ppm) < HARD_FAIL;
     }
 
     /// @notice The process after one more case of `n` tokens with so many flags and voids.

@@ -96,7 +96,7 @@ contract Faults is IFaults {
         (address logger,,) = registry.tariffs(tariffHash);
         _require(logger == receipt.provider, "a logged tariff");
         _require(!Price.holds(tariff, receipt), "a wrong price");
-        return _ofJob(PRICE, LAPSE_BPS, receipt, receipt.total);
+        return _ofJob(LAPSE_BPS, receipt, receipt.total);
     }
 
     // ------------------------------------------------------------------------------------------------------- receipts
@@ -110,7 +110,7 @@ contract Faults is IFaults {
         bytes32 second = _requireReceipt(b, sigB);
         if (kind == TWO_RECEIPTS) _require(a.step == b.step && first != second, "two receipts of one step");
         else _require(_isBroken(a, first, b), "a broken chain");
-        return _ofJob(kind, LIE_BPS, b, a.total > b.total ? a.total : b.total);
+        return _ofJob(LIE_BPS, b, a.total > b.total ? a.total : b.total);
     }
 
     /// @dev Whether `later`, of a higher step, and `earlier` cannot both be of one honest chain.
@@ -142,7 +142,7 @@ contract Faults is IFaults {
             _requireStands(made, around[i]);
         }
         _require(_isAbsent(receipt.jobId, made.count, around), "the job's absence");
-        return _ofJob(MISSING, LIE_BPS, receipt, receipt.total);
+        return _ofJob(LIE_BPS, receipt, receipt.total);
     }
 
     function _isAbsent(bytes32 jobId, uint256 count, Leaf[] memory around) private pure returns (bool) {
@@ -196,12 +196,9 @@ contract Faults is IFaults {
 
     // ----------------------------------------------------------------------------------------------------- documents
 
-    function _ofJob(uint8 kind, uint16 shareBps, WorkReceipt memory receipt, uint96 cap)
-        private
-        view
-        returns (Ruling memory)
-    {
-        bytes32 faultId = keccak256(abi.encode(kind, receipt.provider, receipt.jobId));
+    /// @dev Named after its share: a lie about a job that shows in several ways is punished once.
+    function _ofJob(uint16 shareBps, WorkReceipt memory receipt, uint96 cap) private view returns (Ruling memory) {
+        bytes32 faultId = keccak256(abi.encode(shareBps, receipt.provider, receipt.jobId));
         return Ruling(receipt.provider, faultId, shareBps, escrow.ownerOf(receipt.provider, receipt.client), cap);
     }
 

@@ -2,7 +2,7 @@
 pragma solidity 0.8.37;
 
 import {Entry, SumNode} from "./SumTree.sol";
-import {Commitment, Profile, Verdict, WorkReceipt} from "./Types.sol";
+import {Commitment, JobRequest, Profile, Verdict, WorkReceipt} from "./Types.sol";
 
 /// @title Court: epochs committed to, validators drawn to look at them, cheats slashed.
 /// @notice A provider commits to the jobs of an epoch; a beacon that nobody knew by then picks jobs and validators;
@@ -78,7 +78,8 @@ interface ICourt {
     }
 
     /// @notice A commitment as kept. `blockNumber`: it was made in. `earlier`: jobs that this provider committed to
-    /// under the profile before. `previous`: key of its commitment before, zero for none. `beacon`: zero until drawn.
+    /// under the profile before. `previous`: key of its newest commitment before, zero for none and for
+    /// an epoch before that one's. `beacon`: zero until drawn.
     struct Made {
         address provider;
         uint64 epoch;
@@ -187,7 +188,7 @@ interface ICourt {
 
     /// @notice A window, epoch, stake or committee of zero or too small, committees that do not rise, or above maximum.
     error BadRules();
-    /// @notice Stake unbonds in `unbondDelay` seconds, and a case can take `judgement`.
+    /// @notice Stake unbonds in `unbondDelay` seconds, and a case can take `judgement`: its windows twice.
     error UnbondDelayTooShort(uint256 unbondDelay, uint256 judgement);
     /// @notice A profile must grant honest work more than no flag, and at most Evidence.MAX_FLAG_PPM in a million.
     error FlagRate(uint256 flagPpm);
@@ -245,7 +246,7 @@ interface ICourt {
     error NotForced();
     /// @notice There is no round after this.
     error NoFurtherRound(uint8 round);
-    /// @notice The entry is not at this index of the commitment, or the receipt is not the entry's.
+    /// @notice The entry is not at this index of the commitment, or the receipt or signed request is not the entry's.
     error NotInTheTree();
     /// @notice `validator` does not pay for this job; `payer` does.
     error NotItsOwnCase(address validator, address payer);
@@ -297,7 +298,8 @@ interface ICourt {
     function execute(bytes32 caseId) external;
 
     /// @notice As the accused: show that the improbable tokens were a forced error, which closes the case unpunished.
-    /// @dev Only an IMPROBABLE outcome is excused so: documents and delivery are due of forced commitments too.
+    /// @dev Only an IMPROBABLE outcome is excused so: documents and delivery are due of forced commitments too. Nor are
+    /// more flags excused than one planted error explains (Bench.excused).
     /// @param secret Preimage of the lot of the provider's commitment before.
     function answer(bytes32 caseId, bytes32 secret) external;
 
@@ -327,12 +329,15 @@ interface ICourt {
 
     /// @notice Strike the vote of a member of the current round that owns the channel of a committed job. Anybody,
     /// until the round is concluded. The seat stays, so a quorum is no easier to reach.
+    /// @param request Whose digest is the job's id, with its client's `signature`: no provider can name a member as the
+    /// buyer of a job that it never ordered.
     function disqualify(
         bytes32 caseId,
         Entry calldata entry,
         uint256 index,
         SumNode[] calldata siblings,
-        WorkReceipt calldata receipt,
+        JobRequest calldata request,
+        bytes calldata signature,
         address member
     ) external;
 

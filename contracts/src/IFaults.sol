@@ -6,15 +6,16 @@ pragma solidity 0.8.37;
 ///
 /// A document is a provider's when the key that signed it is, or ever was, registered for the provider's wallet.
 /// What is judged here is what incentives/faults.py judges, in the same integers. Each `faultId` names one offence, so
-/// the same proof, or another of the same offence, is punished once.
+/// the same proof, or another of the same offence, is punished once. Two receipts of one step mostly break the chain
+/// too: all lies about one job are one offence, whichever way they are shown.
 ///
 /// | kind         | proof (ABI encoded, in this order)                                         | share | id over        |
 /// |--------------|----------------------------------------------------------------------------|-------|----------------|
 /// | TWO_TARIFFS  | Tariff a, bytes sigA, Tariff b, bytes sigB                                 | 50 %  | provider, profile, sequence |
-/// | TWO_RECEIPTS | WorkReceipt a, bytes sigA, WorkReceipt b, bytes sigB                       | 50 %  | provider, job  |
-/// | PRICE        | Tariff, WorkReceipt, bytes sig                                             | 10 %  | provider, job  |
-/// | BROKEN_CHAIN | WorkReceipt earlier, bytes sig, WorkReceipt later, bytes sig               | 50 %  | provider, job  |
-/// | MISSING      | Tariff, WorkReceipt, bytes sig, Leaf[] neighbours                          | 50 %  | provider, job  |
+/// | TWO_RECEIPTS | WorkReceipt a, bytes sigA, WorkReceipt b, bytes sigB                       | 50 %  | share, provider, job |
+/// | PRICE        | Tariff, WorkReceipt, bytes sig                                             | 10 %  | share, provider, job |
+/// | BROKEN_CHAIN | WorkReceipt earlier, bytes sig, WorkReceipt later, bytes sig               | 50 %  | share, provider, job |
+/// | MISSING      | Tariff, WorkReceipt, bytes sig, Leaf[] neighbours                          | 50 %  | share, provider, job |
 /// | UNSORTED     | bytes32 key, Leaf left, Leaf right                                         | 50 %  | key            |
 /// | UNCOMMITTED  | Tariff, WorkReceipt, bytes sig                                             | 10 %  | key            |
 ///

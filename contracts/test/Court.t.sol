@@ -3,7 +3,7 @@ pragma solidity 0.8.37;
 
 import {ICourt} from "../src/ICourt.sol";
 import {Entry, SumNode} from "../src/SumTree.sol";
-import {Commitment, Verdict, WorkReceipt} from "../src/Types.sol";
+import {Commitment, JobRequest, Verdict, WorkReceipt} from "../src/Types.sol";
 import {CourtFixture} from "./CourtFixture.sol";
 import {vm} from "./Vm.sol";
 
@@ -336,8 +336,7 @@ contract CourtTest is CourtFixture {
     }
 
     function test_C4_whoPaysForAJobIsStruckFromItsCase() external {
-        WorkReceipt memory own = receiptOf(bytes32(uint256(1)), 30);
-        own.client = vm.addr(0x7777);
+        JobRequest memory own = requestBy(0x7777);
         (,,, Entry memory y) = jobs();
         (SumNode memory root,, SumNode memory right) = tree(entryOf(own), y);
         Commitment memory c = commitmentOf(1);
@@ -363,17 +362,14 @@ contract CourtTest is CourtFixture {
         eq(missed, 0, "not missed");
     }
 
-    function strike(
-        bytes32 id,
-        WorkReceipt memory receipt,
-        SumNode memory sibling,
-        address member,
-        bytes memory refusal
-    ) private {
-        Entry memory entry = entryOf(receipt);
+    function strike(bytes32 id, JobRequest memory request, SumNode memory sibling, address member, bytes memory refusal)
+        private
+    {
+        Entry memory entry = entryOf(request);
         SumNode[] memory siblings = one(sibling);
+        bytes memory sig = signature(0x7777, entry.jobId);
         if (refusal.length != 0) vm.expectRevert(refusal);
-        court.disqualify(id, entry, 0, siblings, receipt, member);
+        court.disqualify(id, entry, 0, siblings, request, sig, member);
     }
 
     function refuseReveal(bytes32 id, address member, bytes memory refusal) private {

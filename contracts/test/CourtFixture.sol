@@ -9,7 +9,16 @@ import {ITallyToken} from "../src/ITallyToken.sol";
 import {Registry} from "../src/Registry.sol";
 import {Entry, SumNode, SumTree} from "../src/SumTree.sol";
 import {TallyToken} from "../src/TallyToken.sol";
-import {Commitment, NodeKeyConsent, Profile, SessionConsent, Types, Verdict, WorkReceipt} from "../src/Types.sol";
+import {
+    Commitment,
+    JobRequest,
+    NodeKeyConsent,
+    Profile,
+    SessionConsent,
+    Types,
+    Verdict,
+    WorkReceipt
+} from "../src/Types.sol";
 import {Checks, vm} from "./Vm.sol";
 
 /// @notice A whole deployment with one provider and eight validators, and the documents that move a case.
@@ -128,6 +137,15 @@ abstract contract CourtFixture is Checks {
         return Entry(receipt.jobId, digest(Types.hashWorkReceipt(receipt)), receipt.total);
     }
 
+    /// @dev A job that the session key `key` orders of the provider, for 30 wei.
+    function requestBy(uint256 key) internal pure returns (JobRequest memory request) {
+        (request.provider, request.client) = (PROVIDER, vm.addr(key));
+    }
+
+    function entryOf(JobRequest memory request) internal view returns (Entry memory) {
+        return Entry(digest(Types.hashJobRequest(request)), keccak256("receipt"), 30);
+    }
+
     /// @dev Two jobs: root, and the two leaves.
     function tree(Entry memory a, Entry memory b)
         internal
@@ -180,7 +198,7 @@ abstract contract CourtFixture is Checks {
         v.gaps = GAPS;
         v.salt = keccak256("salt");
         if (outcome == ICourt.Outcome.IMPROBABLE) {
-            (v.flags, v.worstTokens, v.worstFlags) = (300, 500, 200);
+            (v.flags, v.worstTokens, v.worstFlags) = (90, 500, 80);
         }
         if (outcome == ICourt.Outcome.VOID) {
             (v.flags, v.voids, v.worstTokens, v.worstFlags, v.worstVoids) = (1, 1, 500, 1, 1);

@@ -33,7 +33,7 @@ contract CourtRefusalsTest is CourtFixture {
         r.validatorStake = 0;
         refuseRules(r, abi.encodeWithSelector(ICourt.BadRules.selector));
         r = ruleSet();
-        r.commitWindow = uint32(UNBOND_DELAY) - 100 - 3 * 65;
+        r.commitWindow = uint32(UNBOND_DELAY) / 2 - 100 - 3 * 65;
         refuseRules(r, abi.encodeWithSelector(ICourt.UnbondDelayTooShort.selector, UNBOND_DELAY, UNBOND_DELAY));
     }
 

@@ -18,6 +18,7 @@ from incentives.committee import (
     credits_of,
     decide,
     draw_committee,
+    excused_flags,
     penalised,
 )
 from incentives.evidence import MAX_FLAG_PPM, Evidence
@@ -209,9 +210,13 @@ def commit(state: State, k: CourtConstants, made: Commitment, signature: bytes) 
         ZERO_DIGEST,
         earlier,
     )
+    newest = commitment(state, previous)
+    if newest is None or epoch > newest.record.epoch:
+        state.court["last", provider, profile_id] = key
+        state.court["jobs", provider, profile_id] = earlier + made.count
+    else:  # out of order: it draws no lot for another, and none was drawn for it
+        previous = ZERO_DIGEST
     state.court["commitment", key] = Committed(record, previous)
-    state.court["last", provider, profile_id] = key
-    state.court["jobs", provider, profile_id] = earlier + made.count
     values = {"profileId": profile_id, "epoch": epoch, "count": made.count, "total": made.total}
     _log(state, k, "Committed", key, provider, **values)
 
@@ -409,7 +414,10 @@ def answer(state: State, k: CourtConstants, sender: Address, case_id: Digest, se
     beacon = before.record.beacon if before is not None else ZERO_DIGEST
     known = before is not None and lot_of(secret) == before.record.lot and beacon != ZERO_DIGEST
     excused = known and found.outcome is AuditOutcome.IMPROBABLE and is_forced(secret, beacon, k.rules.forced_bps)
-    _need(excused, "answer", "NotForced")
+    decision, ppm = found.decision, flag_ppm(state, made.record.profile_id)
+    _need(excused and decision is not None, "answer", "NotForced")
+    assert decision is not None
+    _need(decision.flags <= excused_flags(decision.tokens, ppm), "answer", "NotForced")
     found = _settled(state, k, replace(found, was_forced=True))
     _store(state, found)
     _log(state, k, "Answered", case_id, ZERO_ADDRESS, forced=1)

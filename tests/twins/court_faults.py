@@ -26,6 +26,9 @@ T = TypeVar("T")
 SHARES = {FaultKind.PRICE: 1_000, FaultKind.UNCOMMITTED: 1_000}
 """Share of the stake that is lost, in basis points, where it is not half."""
 
+OF_JOBS = frozenset({FaultKind.TWO_RECEIPTS, FaultKind.BROKEN_CHAIN, FaultKind.MISSING, FaultKind.PRICE})
+"""Kinds named after their share and job: a lie about a job that shows in several ways is one offence."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
@@ -52,8 +55,10 @@ def judge(
         raise ContractReverted("prove", "UnknownKind", {"kind": kind}) from exc
     bench = _Bench(state, domain, epoch_s, commit_window, made)
     accused, over = bench.shown(which, proof)
-    identity = keccak(b"".join(part.rjust(32, b"\0") for part in (bytes([which]), accused, *over)))
-    return Ruling(accused, Digest(identity), SHARES.get(which, 5_000))
+    share = SHARES.get(which, 5_000)
+    name = share.to_bytes(2, "big") if which in OF_JOBS else bytes([which])
+    identity = keccak(b"".join(part.rjust(32, b"\0") for part in (name, accused, *over)))
+    return Ruling(accused, Digest(identity), share)
 
 
 class _Bench:
