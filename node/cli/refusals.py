@@ -66,8 +66,8 @@ _SAID: Final[dict[str, Callable[[_Facts, int], tuple[str, str]]]] = {
         "`tally validator withdraw` then takes it back",
     ),
 }
-"""By the custom error's name in IReservations.sol, ICourt.sol and IRegistry.sol, whose NatSpec has their units: periods, micro-STE per second, wei,
-Unix seconds. The second text is what to do about it."""
+"""By the custom error's name in IReservations.sol, ICourt.sol and IRegistry.sol, whose NatSpec has their units:
+periods, micro-STE per second, wei, Unix seconds. The second text is what to do about it."""
 
 
 def plainly(refusal: ContractReverted, period_s: int) -> tuple[str, str] | None:
