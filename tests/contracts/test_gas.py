@@ -28,7 +28,8 @@ TARGET_PER_PAIR = 10_500
 
 COURT_SLACK = 0.05
 """Share by which the Court's numbers may differ from the snapshot: who is drawn follows from a block hash, which no
-fixed time makes the same again; the draw sorts ranks, and of 40 in another order that takes some 40,000 gas more or less."""
+fixed time makes the same again; the draw sorts ranks, and of 40 in another order that takes some 40,000 gas more or
+less."""
 
 COUNTS = (1, 10, 100)
 DEPOSIT = 1_000 * WEI
