@@ -48,7 +48,7 @@ $(NPM_STAMP): contracts/package.json contracts/package-lock.json
 
 setup: $(STAMP) $(NPM_STAMP) ## install everything; a second run does nothing
 
-demo: setup ## a market on this machine: 24 jobs, a kill, a settlement, every wei checked
+demo: setup ## a market on this machine: a kill -9, a cheat caught and slashed, every wei checked
 	@$(BIN)/tally devnet demo
 
 check: setup ## ruff, mypy strict, import-linter, generated files

@@ -78,8 +78,9 @@ class Case:
 
     @property
     def agreeing(self) -> Vote | None:
-        """One vote of those that carried the outcome, which their numbers speak for."""
-        return next((vote for vote in self.decisive if vote.outcome is self.outcome), None)
+        """Of the votes that carried the outcome the middle one, as the Court takes it: a liar may be among them."""
+        agreed = sorted((v for v in self.decisive if v.outcome is self.outcome), key=lambda v: (v.tokens, v.flags))
+        return agreed[(len(agreed) - 1) // 2] if agreed else None
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""

@@ -314,7 +314,7 @@ def _print_exhibits(console: Any, result: DemoResult) -> None:
             item["job"][:10],
             str(item["position"]),
             Text.assemble(_flat(item["before"]), (_flat(item["text"]), "bold red")),
-            "∞" if item["margin"] is None else f"{item['margin']:.2f}",
+            "none" if item["margin"] is None else f"{item['margin']:.2f}",
             f"{item['logprob']:.3f}",
             f"{item['projection']:.1%}",
         )

@@ -11,13 +11,13 @@ import json
 import secrets
 import shutil
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from devnet.anvil import Anvil, AnvilOptions
-from devnet.deploy import DeployOptions, deploy, fund
-from devnet.processes import NodeProcess, free_port
+from devnet.deploy import COURT_RULES, DeployOptions, deploy, fund
+from devnet.processes import START_SECONDS, NodeProcess, free_port
 from node.chain.deployment import Deployment
 from node.keys import load_or_create
 from node.system import SystemClock
@@ -39,7 +39,13 @@ BLOCK_SECONDS: Final = 1
 VALIDATOR_NICENESS: Final = 5
 """Added to the niceness of validators: what is checked later must not slow down what somebody waits for."""
 
-DEPLOY: Final = DeployOptions(epoch_seconds=EPOCH_SECONDS, exit_delay=60)
+SUBMIT_SECONDS: Final = int(START_SECONDS)
+"""Submit window of the devnet's Court. Unit: s. A provider that was killed must be back and show its transcripts within
+it, or it is found to withhold them; on busy cores a start takes most of this. Only who withholds makes others wait."""
+
+DEPLOY: Final = DeployOptions(
+    epoch_seconds=EPOCH_SECONDS, exit_delay=60, court=replace(COURT_RULES, submit_window=SUBMIT_SECONDS)
+)
 """What the devnet's contracts are made with."""
 
 STAKE: Final = 1_000 * WEI_PER_TALLY

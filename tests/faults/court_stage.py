@@ -16,10 +16,11 @@ from devnet.stakes import StakeReader, Stakes
 from node.store.store import SqlStore
 from node.system import SystemClock
 
-SUBMIT_S = 30
-"""Submit window: long enough for a node that was killed to come back, short enough to wait for who never does."""
+SHORT_S = 10
+"""Submit window where the provider withholds: somebody has to wait until it is over."""
 
-ANSWER_S = 2
+SHORT = replace(DEPLOY, court=replace(DEPLOY.court, submit_window=SHORT_S, answer_window=2))
+
 PATIENCE_S = 90.0
 """For one job's case to be over, on busy cores. Unit: s."""
 
@@ -28,9 +29,7 @@ class CourtStage:
     """`async with CourtStage(home, ...) as stage`. Keyword arguments are ClusterOptions' own."""
 
     def __init__(self, home: Path, providers: int = 1, validators: int = 3, **changes: Any) -> None:
-        court = replace(DEPLOY.court, submit_window=SUBMIT_S, answer_window=ANSWER_S)
-        options: dict[str, Any] = {"deploy": replace(DEPLOY, court=court), **changes}
-        self.cluster = Cluster(ClusterOptions(home, providers, validators, **options))
+        self.cluster = Cluster(ClusterOptions(home, providers, validators, **changes))
         self._stack = AsyncExitStack()
         self._jobs = 0
         self.closed: list[Case] = []

@@ -11,7 +11,7 @@ import pytest
 
 from node.ports import CaseState
 from protocol.units import AuditOutcome
-from tests.faults.court_stage import CourtStage
+from tests.faults.court_stage import SHORT, CourtStage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -59,7 +59,7 @@ async def test_a_provider_killed_at_any_point_of_its_audit_is_found_honest(tmp_p
 
 
 async def test_who_shows_no_transcript_loses_a_tenth_of_its_stake(tmp_path: Path) -> None:
-    async with CourtStage(tmp_path / "market", adversaries={"provider-1": "withheld"}) as stage:
+    async with CourtStage(tmp_path / "market", deploy=SHORT, adversaries={"provider-1": "withheld"}) as stage:
         await stage.job()
         (case,) = await stage.over()
         assert (case.state, case.outcome) == (CaseState.CLOSED, AuditOutcome.WITHHELD)
