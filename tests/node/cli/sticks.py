@@ -26,7 +26,8 @@ PROFILE = Profile(
     **{name: Digest(bytes([index]) * 32) for index, name in enumerate(
         ("weights_root", "tokenizer_hash", "chat_template_hash", "special_policy_hash", "dtype_hash", "kv_dtype_hash",
          "engine_hash", "sampler_hash"), start=1)},
-    margin_milli=100, logprob_micro=10000, projection_micro=20000, flag_ppm=1000, active_parameters=10**6, total_parameters=10**6, body_parameters=900_000,
+    margin_milli=100, logprob_micro=10000, projection_micro=20000, flag_ppm=1000,
+    active_parameters=10**6, total_parameters=10**6, body_parameters=900_000,
     head_parameters=100_000, layers=4, heads=4, head_dim=16, window=0,
     moe_layers=0, experts=0, experts_chosen=0, reasoning_start=10, reasoning_end=20,
 )  # fmt: skip
