@@ -35,6 +35,8 @@ STAKE, PENALTY, BOND = 1_000 * WEI, 20 * WEI, 10 * WEI
 EPOCH, WINDOW = 100, 600
 GAPS = Digest(b"".join((1_000 + 17 * i).to_bytes(2, "big") for i in range(16)))
 UNTIL = (1 << 64) - 1
+LATER = 1_000
+"""Epoch of the measured case, after those that filled storage."""
 
 
 def filled(struct: Any, **values: Any) -> Any:
@@ -199,12 +201,16 @@ def measure_price(stage: Stage) -> int:
     return stage.gas(stage.court.functions.prove(2, proof))
 
 
-def measure_committee(stage: Stage, label: str) -> dict[str, int]:
-    """Gas of a case that passes. The provider's and the members' first one pays for storage that later ones rewrite."""
-    case_id, _ = stage.commit(1)
-    stage.gas(stage.court.functions.draw(case_id))
-    judge(stage, case_id, AuditOutcome.PASS)
-    case_id, commit = stage.commit(2)
+def measure_committee(stage: Stage, label: str, validators: int) -> dict[str, int]:
+    """Gas of a case that passes, once every validator was credited before: the first time pays for its storage."""
+    credits = stage.court.functions.creditsOf
+    epoch = 1
+    while any(credits(stage.chain.account(number)).call()[0] == 0 for number in range(2, 2 + validators)):
+        case_id, _ = stage.commit(epoch)
+        stage.gas(stage.court.functions.draw(case_id))
+        judge(stage, case_id, AuditOutcome.PASS)
+        epoch += 1
+    case_id, commit = stage.commit(LATER)
     out = {f"commit_{label}": commit, f"draw_{label}": stage.gas(stage.court.functions.draw(case_id))}
     submits, reveals, conclude = judge(stage, case_id, AuditOutcome.PASS)
     members = len(submits)
@@ -220,12 +226,12 @@ def measure_court() -> dict[str, int]:
     with Anvil(AnvilOptions(accounts=FULL + 2, timestamp=START)) as anvil:
         web3 = Web3(HTTPProvider(anvil.rpc_url))
         small = stage(web3, SMALL, 3)
-        out = measure_committee(small, "3_of_4")
+        out = measure_committee(small, "3_of_4", SMALL)
         out["prove_price"] = measure_price(small)
-        case_id, _ = small.commit(3)
+        case_id, _ = small.commit(LATER + 1)
         small.gas(small.court.functions.draw(case_id))
         _, reveals, conclude = judge(small, case_id, AuditOutcome.IMPROBABLE)
         out |= {"reveal_improbable_3_of_4": reveals[0], "conclude_improbable_3_of_4": conclude}
         small.wait(WINDOW)
         out["execute_3_of_4"] = small.gas(small.court.functions.execute(case_id))
-        return out | measure_committee(stage(web3, FULL, 21), "21_of_40")
+        return out | measure_committee(stage(web3, FULL, 21), "21_of_40", FULL)
