@@ -46,7 +46,7 @@ def profile() -> None:
 @model_option
 @dtype_option
 @click.option("--tokens", type=click.IntRange(500), metavar="N", help="Output tokens to measure. [default: 32000]")
-@click.option("--quick", is_flag=True, help="Few tokens: the thresholds hold, and more flags are granted.")
+@click.option("--quick", is_flag=True, help="Few tokens, few variants: more flags are granted.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Names the requests that are made.")
 @click.option("--force", is_flag=True, help="Replace a calibration; the profile gets another id.")
 @json_option
@@ -67,7 +67,7 @@ def calibrate(
     flags granted to honest work become part of the profile, whose id changes with them: tariffs and reservations of
     the old id no longer apply, and the file must travel with the weights.
     """
-    from node.engine.calibration import QUICK_TOKENS, TOKENS, calibrate, with_entry, write
+    from node.engine.calibration import QUICK_TOKENS, QUICK_VARIANTS, TOKENS, VARIANTS, calibrate, with_entry, write
     from node.engine.profile import resolve_dtype, stored_parameters
     from node.engine.spec import weight_files
 
@@ -84,8 +84,8 @@ def calibrate(
         )
     old = _profile_id(directory, wanted)
     with _progress(as_json) as say:
-        count = tokens or (QUICK_TOKENS if quick else TOKENS)
-        entry = run_quietly(session, config, calibrate(directory, wanted, count, seed, say))
+        count, variants = tokens or (QUICK_TOKENS if quick else TOKENS), QUICK_VARIANTS if quick else VARIANTS
+        entry = run_quietly(session, config, calibrate(directory, wanted, count, seed, say, variants))
     path = write(directory, with_entry(before, directory, resolved, entry))
     new = _profile_id(directory, wanted)
     if as_json:

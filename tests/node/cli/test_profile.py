@@ -46,7 +46,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """What was asked of the calibration: dtype, tokens, seed."""
     asked: list[tuple[str, int, int]] = []
 
-    async def calibrate(directory: Path, dtype: str, tokens: int, seed: int, say: Any) -> dict[str, Any]:
+    async def calibrate(directory: Path, dtype: str, tokens: int, seed: int, say: Any, *_: Any) -> dict[str, Any]:
         say("generating", 1, 2)
         asked.append((dtype, tokens, seed))
         return ENTRY
