@@ -145,8 +145,8 @@ def far_above(n: int, ppm: int) -> int:
 
 
 def _is_rare(n: int, k: int, ppm: int) -> bool:
-    """A count beyond `far_above` is judged as that one: on chain a tail costs gas per flag, and nobody could pay for the
-    verdict on a long output of which every token is flagged. Raises: FieldOutOfRange."""
+    """A count beyond `far_above` is judged as that one: on chain a tail costs gas per flag, and nobody could pay for
+    the verdict on a long output of which every token is flagged. Raises: FieldOutOfRange."""
     _check(n, k, ppm, MAX_TOKENS)
     return tail_up(n, min(k, far_above(n, ppm)), ppm) < HARD_FAIL
 

@@ -24,6 +24,7 @@ from incentives.evidence import (
     TAIL_ONE,
     WAD,
     Evidence,
+    far_above,
     hard_fail,
     tail_up,
 )
@@ -216,3 +217,14 @@ def test_vectors_hold_for_the_python() -> None:
             assert str(tail_up(*given_(case))) == case["post"]
     for case in VECTORS["hard_fail"]:
         assert hard_fail(*case["input"]) is case["post"]
+
+
+@pytest.mark.parametrize("ppm", [1, 10, 120, 1_000, 5_000, MAX_FLAG_PPM])
+def test_a_count_far_above_the_mean_is_always_rare(ppm: int) -> None:
+    """So judging a higher count as that one, which bounds what a verdict costs on chain, changes no verdict."""
+    for n in (70, 100, 1_000, 3_200, 5_000, 50_000, 1 << 18, MAX_TOKENS):
+        far = far_above(n, ppm)
+        if far > n:
+            continue
+        assert tail_up(n, far, ppm) * 1_000 < HARD_FAIL
+        assert hard_fail(n, n, 0, ppm) and hard_fail(n, far, 0, ppm)
