@@ -20,6 +20,8 @@ async def reserve(market: Market, seller: Seller, buyer: Buyer, rate: int = RATE
     profile_id = hash_struct(seller.engine.profile)
     await seller.chain.offer_capacity(profile_id, CapacityTerms(10**6, Wei(10**15), 1, 10))
     period = await buyer.chain.period_seconds()
+    # each block of the twin is a second later: else a right may begin in a period that the clock has not reached
+    market.clock.ahead_s += max(0, (await buyer.chain.head()).timestamp + 5 - market.clock.now_ms() // 1000)
     now = market.clock.now_ms() // 1000 // period
     order = ReservationOrder(
         seller.wallet.address, profile_id, rate, now, 5, buyer.accounts.session.address, Wei(WEI_PER_TALLY)
