@@ -18,6 +18,11 @@ contract CourtAttacksTest is CourtFixture {
         deploy();
     }
 
+    function ruleSet() internal pure override returns (ICourt.Rules memory r) {
+        r = super.ruleSet();
+        r.committees = [3, 4, 31];
+    }
+
     // ---------------------------------------------------------------------------------------------- forced errors
 
     function test_anEpochIsNotCheatedThroughOnTheExcuseOfOneForcedError() external {
@@ -230,6 +235,44 @@ contract CourtAttacksTest is CourtFixture {
         reveal(id, who[1], v);
         reveal(id, who[2], v);
         court.conclude(id);
+    }
+
+    /// @dev Every place taken and the largest committees: each step fits in half a block of 30 million. Storage is warm
+    /// in one test; cold it costs 2,000 more a slot, some 3.3 million for 512 validators.
+    function test_aFullHouseAndTheLargestCommitteesFitInABlock() external {
+        for (uint256 i = VALIDATORS; i < court.chamber().MAX_VALIDATORS(); ++i) {
+            settle(validator(i), 0x100 + i, VALIDATOR_STAKE);
+            vm.prank(validator(i));
+            court.enlist();
+        }
+        vm.roll(block.number + 1);
+        bytes32 id = commit(1);
+        vm.roll(block.number + 2);
+        uint256 gas = gasleft();
+        court.draw(id);
+        isTrue(gas - gasleft() < 11_000_000, "draw");
+        for (uint256 i; i < 2; ++i) {
+            agreeButNotConclude(id);
+            gas = gasleft();
+            court.conclude(id);
+            isTrue(gas - gasleft() < 11_000_000, "conclude, and the next draw");
+        }
+        eq(members(id).length, 31, "seats");
+        agreeButNotConclude(id);
+        gas = gasleft();
+        court.conclude(id);
+        isTrue(gas - gasleft() < 11_000_000, "the last count");
+    }
+
+    function agreeButNotConclude(bytes32 id) private {
+        address[] memory who = members(id);
+        Verdict memory v = verdict(ICourt.Outcome.VOID);
+        for (uint256 i; i < who.length; ++i) {
+            submit(id, who[i], v);
+        }
+        for (uint256 i; i < who.length; ++i) {
+            reveal(id, who[i], v);
+        }
     }
 
     // ---------------------------------------------------------------------------------------------------- helpers
