@@ -95,10 +95,24 @@ async def _audit(
     await replayer.start()
     try:
         _same_profile(case, replayer.profile, where[0])
+        _judgeable(replayer.profile, where[0])
         judged, examined = await _judged(case, dossier, replayer)
     finally:
         await replayer.stop()
     return _facts(case, judged, examined, replayer.profile, _decoder(where[0]), worst)
+
+
+def _judgeable(profile: Profile, model_dir: Path) -> None:
+    """Raises: CommandFailed when the profile grants honest work any number of flags."""
+    from incentives.evidence import MAX_FLAG_PPM
+
+    if profile.flag_ppm > MAX_FLAG_PPM:
+        raise CommandFailed(
+            f"{model_dir} is not calibrated in this number format, so its profile says nothing of how far honest work "
+            "may be from a replay, and no job under it can be judged",
+            kept="nothing was changed",
+            do=f"its provider can serve under a calibrated profile: `tally profile calibrate --model {model_dir}`",
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- what is kept

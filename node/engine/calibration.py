@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from incentives.evidence import MAX_FLAG_PPM
+from incentives.verdicts import VOID_MILLI
 from node.engine.compiled import kernels_for, make_sampler, open_decoder
 from node.engine.decoder import DecoderBase
 from node.engine.engine import SINGLE_THREAD_PARAMETERS
@@ -32,7 +34,7 @@ from node.engine.replay import TorchReplayer
 from node.engine.sampler import Sampler
 from node.engine.scheduler import PREFILL_TOKENS, Scheduler
 from node.engine.spec import ModelError, ModelSpec, load_spec, weight_files
-from node.engine.thresholds import CALIBRATION_FILE, CALIBRATION_FORMAT, MAX_FLAG_PPM, Thresholds
+from node.engine.thresholds import CALIBRATION_FILE, CALIBRATION_FORMAT, Thresholds
 from node.engine.weights import TORCH_DTYPES
 from node.ports import EngineRequest, EngineToken, Replay, ReplayRequest, Sampling, Urgency
 from protocol.options import NO_OPTIONS, JobOptions
@@ -234,6 +236,12 @@ async def calibrate(
             f"{flags} of {len(held.margins)} honest tokens of {model_dir} would be flagged, so that {limits.flag_ppm} "
             f"per million had to be granted and the Court accepts {MAX_FLAG_PPM}: use fp32, or more --tokens"
         )
+    voids = int((Numbers.of(found).margins * 1000 >= VOID_MILLI).sum())
+    if voids:
+        raise ModelError(
+            f"{voids} of {len(found)} honest generations of {model_dir} hold a token {VOID_MILLI // 1000} logits off, "
+            "which audits take for an altered one: use fp32, whose kernels agree"
+        )
     other = await lab.other_dtype(limits)
     return {
         "versions": versions(),
@@ -244,7 +252,7 @@ async def calibrate(
             "flags_with_room": flags,
             "rate_bound_ppm": math.ceil(1e6 * bound),
             "confidence": CONFIDENCE,
-            "voids": int((held.margins >= 2).sum()),
+            "voids": voids,
         },
         "honest": _spread(Numbers.of(found)),
         "variants": _by_variant(made, found),

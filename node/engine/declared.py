@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from node.engine.profile import chat_template, reasoning_ids, special_tokens
 from node.engine.spec import ModelError, read_json
+from node.engine.thresholds import ANY_FLAG_PPM
 from node.ports import ModelCard
 from protocol.card import special_policy_hash
 from protocol.eip712 import hash_struct
@@ -26,9 +27,6 @@ from protocol.units import Digest
 ENGINE_NAME: Final = "tally/engine/upstream/1"
 SAMPLER_NAME: Final = "tally/sampler/upstream/1"
 """Names of an engine and a sampling rule that are not known here; their hashes are part of the profile."""
-
-ANY_FLAG_PPM: Final = 1_000_000
-"""Flag rate granted per million tokens: all of them, since no margin can be computed for a foreign sampler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ def declared_profile(declared: Declared, served: str, *, ids_shown: bool) -> Pro
         margin_milli=0,
         logprob_micro=0,
         projection_micro=0,
-        flag_ppm=ANY_FLAG_PPM,
+        flag_ppm=ANY_FLAG_PPM,  # no margin can be computed for a foreign sampler
         **_shape(declared.config, directory),
         moe_layers=0,
         experts=0,

@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from incentives.evidence import MAX_FLAG_PPM
 from node.engine.spec import ModelError, read_json
 
 CALIBRATION_FILE: Final = "calibration.json"
 CALIBRATION_FORMAT: Final = "tally/calibration/1"
-
-MAX_FLAG_PPM: Final = 20_000
-"""Largest rate of flags that may be granted to honest work. Unit: per million tokens. The Court refuses profiles with
-more: at 2 % a cheat in every fiftieth token would pass as honest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +27,27 @@ class Thresholds:
     flag_ppm: int
 
 
-UNCALIBRATED: Final = Thresholds(margin_milli=100, logprob_micro=20_000, projection_micro=30_000, flag_ppm=1_000)
-"""Where no calibration was made: wide enough for bf16 between different kernels, where 1.2e-4 of tokens were measured
-to pass them; eight times that is granted. Too wide to tell an int8 copy from the weights it was made of."""
+ANY_FLAG_PPM: Final = 1_000_000
+"""A profile that grants honest work any number of flags: nobody is judged under it, the Court does not take it."""
+
+UNCALIBRATED: Final = {
+    "fp32": Thresholds(margin_milli=100, logprob_micro=20_000, projection_micro=30_000, flag_ppm=1_000),
+    "bf16": Thresholds(margin_milli=100, logprob_micro=20_000, projection_micro=30_000, flag_ppm=ANY_FLAG_PPM),
+}
+"""Where no calibration was made. In fp32 thousands of times the noise that was seen (none of 39,839 honest tokens of
+the demo model passed them), though too wide for int8 weights. In bf16 noise is the model's own: between two kernels a
+fifth of the demo model's honest tokens passed them, so without a calibration nobody is judged by them."""
 
 
 def thresholds_of(model_dir: Path, dtype: str, weights: str, versions: dict[str, str]) -> Thresholds:
-    """As calibrated in that directory, else UNCALIBRATED. `weights`: the weights root, 0x and hexadecimal.
+    """As calibrated in that directory, else of UNCALIBRATED. `weights`: the weights root, 0x and hexadecimal.
 
     `versions`: what decides the numbers beside the weights, as the calibration names it.
     Raises: ModelError when the calibration is of other weights or versions, or damaged.
     """
     path = model_dir / CALIBRATION_FILE
     if not path.exists():
-        return UNCALIBRATED
+        return UNCALIBRATED[dtype]
     again = f"`tally profile calibrate --model {model_dir} --force` makes it again, or delete it"
     read = read_json(path, again)
     entry = read.get("dtypes", {}).get(dtype) if isinstance(read.get("dtypes", {}), dict) else None
@@ -52,7 +56,7 @@ def thresholds_of(model_dir: Path, dtype: str, weights: str, versions: dict[str,
     if read.get("weights_root") != weights:
         raise ModelError(f"{path} is of other weights than lie beside it: {again}")
     if entry is None:
-        return UNCALIBRATED
+        return UNCALIBRATED[dtype]
     try:
         if entry["versions"] != versions:
             raise ModelError(f"{path} is of {_told(entry['versions'])}, this is {_told(versions)}: {again}")

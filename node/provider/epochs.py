@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from incentives.audit_draw import case_key, lot_of
+from incentives.evidence import MAX_FLAG_PPM
 from incentives.fairness import entry_of
 from incentives.ledger import CommitmentMade, Role
 from node.crashpoints import crash_point, declare
@@ -177,6 +178,9 @@ class Epochs:
         when the chain does not answer."""
         if self._verifiability is not Verifiability.REPLAY:
             self._go_without("what this engine writes cannot be replayed")
+            return False
+        if self._profile.flag_ppm > MAX_FLAG_PPM:
+            self._go_without("the model is not calibrated in this number format (`tally profile calibrate` does it)")
             return False
         if await court.profile_registered(self._profile_id):
             return True

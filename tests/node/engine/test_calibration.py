@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from devnet.model import moe
+from incentives.evidence import MAX_FLAG_PPM
 from node.engine.calibration import (
     CEILING,
     FLOORS,
@@ -35,7 +36,7 @@ from node.engine.engine import TorchEngine
 from node.engine.profile import profile_of
 from node.engine.replay import TorchReplayer
 from node.engine.spec import ModelError
-from node.engine.thresholds import CALIBRATION_FILE, MAX_FLAG_PPM, UNCALIBRATED, Thresholds
+from node.engine.thresholds import CALIBRATION_FILE, UNCALIBRATED, Thresholds
 from node.ports import Replay, ReplayRequest, Sampling
 from protocol.eip712 import hash_struct
 from protocol.messages import Profile
@@ -127,10 +128,10 @@ def test_the_profile_takes_what_was_measured(calibrated: tuple[Path, dict[str, A
     directory, entry = calibrated
     copied = Path(shutil.copytree(directory, tmp_path / "copy"))
     assert limits_of(profile_of(copied)) == Thresholds(**entry["thresholds"])
-    assert limits_of(profile_of(copied, "bf16")) == UNCALIBRATED
+    assert limits_of(profile_of(copied, "bf16")) == UNCALIBRATED["bf16"]
     before = hash_struct(profile_of(copied))
     (copied / CALIBRATION_FILE).unlink()
-    assert limits_of(profile_of(copied)) == UNCALIBRATED
+    assert limits_of(profile_of(copied)) == UNCALIBRATED["fp32"]
     assert hash_struct(profile_of(copied)) != before
 
 

@@ -219,7 +219,7 @@ async def test_without_a_court_or_a_replay_nothing_is_committed_and_it_is_said_o
 ) -> None:
     desk = await Desk.made()
     if why == "uncalibrated":
-        desk.engine.profile = replace(desk.engine.profile, flag_ppm=0)
+        desk.engine.profile = replace(desk.engine.profile, flag_ppm=1_000_000)
     verifiability = Verifiability.LOGPROB if why == "not replayable" else Verifiability.REPLAY
     desk.restart(verifiability, court=why != "no court")
     for _ in range(2):
