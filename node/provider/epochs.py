@@ -21,7 +21,7 @@ from incentives.evidence import MAX_FLAG_PPM
 from incentives.fairness import entry_of
 from incentives.ledger import CommitmentMade, Role
 from node.crashpoints import crash_point, declare
-from node.ports import ChainError, ChainUnavailable, Clock, Court, CourtRules, Entropy, JobRow, Store
+from node.ports import ChainError, ChainUnavailable, Clock, CommitmentRow, Court, CourtRules, Entropy, JobRow, Store
 from node.provider.decoys import Decoys
 from node.provider.delivery import FOREVER_MS
 from protocol import merkle
@@ -344,21 +344,30 @@ class Epochs:
         return CommitmentMade(key, commitment, pack_entries(entries), secret, planted)
 
     async def _post(self) -> None:
-        """Send what no block holds, oldest first. Raises: ChainError; the rest stays noted and is tried again."""
+        """Send what no block holds, oldest first. Raises: ChainError; the rest stays noted and is tried again.
+
+        One that is refused holds up those of its profile behind it, as each names the one before by the Court's order:
+        a forced error would be looked for in another than the one it was planted in. Other profiles go on.
+        """
         refused: ChainError | None = None
+        held: set[Digest] = set()
         for key in list(self._unposted):
+            row = await self._store.commitment(key)
+            profile = ZERO_DIGEST if row is None else Digest(row.record.commitment.profile_id)
+            if profile in held:
+                continue
             try:
-                await self._post_one(key)
+                await self._post_one(key, row)
             except ChainUnavailable:
                 raise
-            except ChainError as exc:  # one that the Court will not have must not hold up those after it
+            except ChainError as exc:
                 refused = exc
+                held.add(profile)
         if refused is not None:
             raise refused
 
-    async def _post_one(self, key: Digest) -> None:
+    async def _post_one(self, key: Digest, row: CommitmentRow | None) -> None:
         assert self._court is not None
-        row = await self._store.commitment(key)
         posted = await self._court.commitment(key)
         if row is not None and posted is not None and posted.root != row.record.commitment.root:
             self._note_conflict(row.record.commitment)

@@ -11,12 +11,13 @@ import pytest
 
 import node.provider.epochs as epochs_module
 from incentives.audit_draw import case_key, lot_of
-from node.ports import ChainUnavailable
+from node.ports import ChainError, ChainUnavailable, Mined
 from node.provider.delivery import FOREVER_MS
 from node.provider.epochs import COMMITMENT_JOURNALED, COMMITMENT_POSTED
 from protocol import merkle
 from protocol.dossier import unpack_entries
 from protocol.errors import Refused
+from protocol.messages import Commitment
 from protocol.units import JobId, Verifiability
 from tests.node.provider.desk import EPOCH_S, Desk
 from tests.twins.engine_twin import profile
@@ -78,6 +79,30 @@ async def test_the_running_epoch_is_not_committed() -> None:
     await desk.serve(1)
     await desk.epochs.commit_due()
     assert await desk.store.commitments() == []
+
+
+async def test_a_refused_commitment_holds_up_those_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of order, the Court would look for a forced error in another commitment than the one that holds it."""
+    desk = await Desk.made()
+    await desk.epochs.join()
+    first, sent = desk.epoch(), []
+    for job in (1, 2):
+        await desk.serve(job)
+        desk.pass_epoch()
+    post = desk.court.post_commitment
+
+    async def moody(commitment: Commitment, signature: bytes) -> Mined:
+        sent.append(commitment.epoch)
+        if len(sent) == 1:
+            raise ChainError("not now")
+        return await post(commitment, signature)
+
+    monkeypatch.setattr(desk.court, "post_commitment", moody)
+    with pytest.raises(ChainError, match="not now"):
+        await desk.epochs.commit_due()
+    assert sent == [first]
+    await desk.epochs.commit_due()
+    assert sent == [first, first, first + 1]
 
 
 async def test_a_running_job_holds_its_epoch_back_and_those_after_it() -> None:
