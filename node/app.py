@@ -37,6 +37,8 @@ from protocol.units import Digest, Wei
 if TYPE_CHECKING:
     from node.chain.chain import Web3Chain
     from node.chain.court import Web3Court
+    from node.client.claims import Claims
+    from node.client.oversight import Oversight
     from node.client.router import Router
     from node.discovery.directory import OfferDirectory
     from node.gateway.server import GatewayServer
@@ -89,7 +91,7 @@ class ValidatorApp:
 
 @dataclass(frozen=True, slots=True)
 class ClientApp:
-    """A client that can run jobs."""
+    """A client that can run jobs. `oversight` None: it was turned off."""
 
     marketplace: Router
     store: Store
@@ -98,6 +100,8 @@ class ClientApp:
     directory: OfferDirectory
     wallet: Signer
     session: Signer
+    claims: Claims
+    oversight: Oversight | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +413,10 @@ async def chain_status(chain: Chain) -> dict[str, object]:
 @asynccontextmanager
 async def client_app(config: NodeConfig) -> AsyncIterator[ClientApp]:
     """Be a client. Raises: ConfigError, KeystoreError, StoreError, ChainError, TransportError."""
+    from node.chain.court import encode_proof
     from node.client.accounts import Accounts, SpendingLimits
+    from node.client.claims import Claims
+    from node.client.oversight import Oversight
     from node.client.router import ClientSettings, Router
     from node.discovery.directory import OfferDirectory
 
@@ -432,7 +439,13 @@ async def client_app(config: NodeConfig) -> AsyncIterator[ClientApp]:
         stack.push_async_callback(transport.stop)
         stack.push_async_callback(router.stop)
         await stack.enter_async_context(_background(directory.run()))
-        yield ClientApp(router, store, chain, transport, directory, wallet, session)
+        court, oversight = court_of(chain), None
+        claims = Claims(wallet.address, store, chain, court)
+        if bought.oversight:
+            oversight = Oversight(claims, store, chain, court, transport, directory, clock, entropy, encode_proof)
+            oversight.start()
+            stack.push_async_callback(oversight.stop)
+        yield ClientApp(router, store, chain, transport, directory, wallet, session, claims, oversight)
 
 
 @asynccontextmanager
@@ -468,7 +481,7 @@ async def gateway_app(config: NodeConfig) -> AsyncIterator[GatewayApp]:
     """Be a client behind an OpenAI-compatible server. Raises: what `client_app` raises, GatewayError."""
     from node.gateway.auth import ApiKeys
     from node.gateway.server import GatewayServer
-    from node.routes import journal_routes, market_routes
+    from node.routes import claim_routes, journal_routes, market_routes
 
     clock, entropy = SystemClock(), SystemEntropy()
     async with AsyncExitStack() as stack:
@@ -490,9 +503,11 @@ async def gateway_app(config: NodeConfig) -> AsyncIterator[GatewayApp]:
         url = f"http://{config.client.gateway_host}:{port}/v1"
 
         async def status(_: dict[str, Any]) -> dict[str, Any]:
-            return {**await marketplace.status(), "url": url, "chain": await chain_status(chain)}
+            watch = client.oversight
+            seen = {} if watch is None else {"oversight": watch.status()}
+            return {**await marketplace.status(), **seen, "url": url, "chain": await chain_status(chain)}
 
         market = market_routes(client.marketplace, chain, client.marketplace.card_of)
-        routes = {**journal_routes(client.store, chain.domain), **market}
+        routes = {**journal_routes(client.store, chain.domain), **claim_routes(client.claims), **market}
         await stack.enter_async_context(_control(config, {"status": status, **routes}))
         yield GatewayApp(client, server, url)

@@ -147,6 +147,7 @@ class ClientConfig:
 
     `max_total`: most wei the session key may ever promise, 0 for no cap. `stall`: s of silence taken for a stall.
     `keep_content`: prompts and transcripts stay for `retention_hours`, so that a job can be audited afterwards.
+    `oversight`: look whether providers commit to the jobs bought here, show the Court where they do not, and claim.
     """
 
     max_price: Wei
@@ -157,6 +158,7 @@ class ClientConfig:
     deposit: Wei
     keep_content: bool
     retention_hours: int
+    oversight: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +333,7 @@ KEYS: Final = (
     Key("client.deposit", tally, "1", "TALLY put into the escrow channel with a new provider"),
     Key("client.keep_content", yes_no, True, "keep prompts and transcripts, sealed, so that a job can be audited"),
     Key("client.retention_hours", count(0, 24 * 366), 168, "hours they are kept before their keys are destroyed"),
+    Key("client.oversight", yes_no, True, "prove jobs that providers leave out, and claim what cheats owe"),
     Key("exchange.enabled", yes_no, False, "send jobs to a platform outside where that is cheaper, or nobody else is"),
     Key("exchange.url", optional_url, "", "base URL of that platform, such as https://openrouter.ai/api/v1"),
     Key("exchange.key_file", optional_path, None, "file whose first line is the API key there"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from incentives.ledger import Role, VerdictMade
 from node.ports import Chain, ChainError, JobRow, Kept, MarketEntry, Marketplace, ReceiptRow, Store
@@ -21,7 +21,10 @@ from protocol.errors import TallyError
 from protocol.messages import Profile, Tariff
 from protocol.packing import packed_size, unpack
 from protocol.signing import recover_digest
-from protocol.units import ZERO_ADDRESS, Address, AuditOutcome, FinishReason, JobId
+from protocol.units import ZERO_ADDRESS, Address, AuditOutcome, Digest, FinishReason, JobId
+
+if TYPE_CHECKING:
+    from node.client.claims import Claims
 
 Route = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -131,6 +134,16 @@ def _verdict_json(record: VerdictMade) -> dict[str, Any]:
         "digest": _hex(record.digest),
         "findings": json.loads(record.findings),
     }
+
+
+def claim_routes(claims: Claims) -> dict[str, Route]:
+    """`claim` {case}: have this home's jobs in a case compensated."""
+
+    async def claim(params: dict[str, Any]) -> dict[str, Any]:
+        done = await claims.claim(Digest(bytes.fromhex(str(params["case"]).removeprefix("0x"))))
+        return {"case": str(params["case"]), "amount_wei": str(done.amount), "jobs": done.jobs, "why": done.why}
+
+    return {"claim": claim}
 
 
 class TariffNumbers(Protocol):

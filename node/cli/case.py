@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from node.chain.court import Web3Court
     from node.config import NodeConfig
     from node.ports import CaseMember, CaseRecord, CommitmentRecord, CourtEvent
+    from protocol.units import Digest
 
 WAD: Final = 10**18
+
+CLAIM_S: Final = 300.0
+"""How long a running node may take over a claim. Unit: s. One transaction per job, each waiting for its block."""
 
 MARKS_SHOWN: Final = 20
 """Flagged tokens that `tally case show` lists, the worst. `--json` has all that the journal kept."""
@@ -30,6 +34,7 @@ def case() -> None:
     \b
     tally case list
     tally case show 3fa9
+    tally case claim 3fa9
     """
 
 
@@ -117,6 +122,17 @@ def show(session: Session, case_id: str, as_json: bool) -> None:
 
 
 async def _facts(session: Session, config: NodeConfig, court: Web3Court, digits: str) -> dict[str, Any]:
+    key = await _key(court, digits)
+    made, case = await court.commitment(key), await court.case(key)
+    if made is None:
+        raise CommandFailed("the commitment is not deep enough in the chain yet", do="try again in a moment")
+    found = _commitment_json(made) if case is None else {**_commitment_json(made), **_case_json(case)}
+    found["verdicts_here"] = await _own_verdicts(session, config, key.hex())
+    return found
+
+
+async def _key(court: Web3Court, digits: str) -> Digest:
+    """The case that begins with these digits. Raises: CommandFailed."""
     from protocol.units import Digest
 
     events, _ = await court.events(0)
@@ -127,13 +143,56 @@ async def _facts(session: Session, config: NodeConfig, court: Web3Court, digits:
             kept="nothing was changed",
             do="`tally case list` shows them; give more digits",
         )
-    key = Digest(ids[0])
-    made, case = await court.commitment(key), await court.case(key)
-    if made is None:
-        raise CommandFailed("the commitment is not deep enough in the chain yet", do="try again in a moment")
-    found = _commitment_json(made) if case is None else {**_commitment_json(made), **_case_json(case)}
-    found["verdicts_here"] = await _own_verdicts(session, config, key.hex())
-    return found
+    return Digest(ids[0])
+
+
+@case.command()
+@click.argument("case_id", metavar="ID")
+@json_option
+@pass_session
+def claim(session: Session, case_id: str, as_json: bool) -> None:
+    """Claim what is due for jobs bought from this home when their provider was slashed (the case's first digits).
+
+    A running gateway claims by itself; this is for one that was off. The money goes to the wallet that pays for the
+    channel. Where nothing is due the reason is said, and nothing is sent.
+    """
+    digits = case_id.lower().removeprefix("0x")
+    key = _on_court(session, lambda court, _: _key(court, digits))
+    done = _claimed(session, session.load(), hexed(key))
+    if as_json:
+        emit(done)
+        return
+    if done["jobs"]:
+        click.echo(f"paid {money.amount(int(done['amount_wei']))} for {done['jobs']} jobs")
+    if done["why"]:
+        click.echo(f"{'not all' if done['jobs'] else 'nothing'} was claimed: {done['why']}")
+
+
+def _claimed(session: Session, config: NodeConfig, case_id: str) -> dict[str, Any]:
+    """By the node that runs in this home, else with its journal and wallet. Raises: ControlRefused, TallyError."""
+    from node.cli.onchain import run_quietly
+    from node.gateway.control import ControlUnavailable
+
+    async def work() -> dict[str, Any]:
+        from node.app import court_of, journal, wallet_chain
+        from node.client.claims import Claims
+        from node.routes import claim_routes
+
+        try:
+            return await session.control().call("claim", case=case_id, timeout_s=CLAIM_S)
+        except ControlUnavailable:
+            pass
+        if not config.journal.exists():
+            raise CommandFailed(
+                f"there is no journal in {config.home}: nothing was bought from here",
+                do="--home names another home",
+            )
+        async with journal(config) as store, wallet_chain(config) as (chain, me):
+            claims = Claims(me.address, store, chain, court_of(chain))
+            return await claim_routes(claims)["claim"]({"case": case_id})
+
+    done: dict[str, Any] = run_quietly(session, config, work())
+    return done
 
 
 def _commitment_json(made: CommitmentRecord) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from incentives.faults import Proof
 from incentives.ledger import ChannelKey, Role
 from incentives.verdicts import JobFinding
 from node.background import pause
+from node.entries import NotDelivered, Shown, unsorted
 from node.judging import Judged, forged, withheld
 from node.ports import (
     Chain,
@@ -30,8 +31,8 @@ from node.ports import (
     Store,
     Transport,
 )
-from node.validator.fetch import AuditLine, NotDelivered, Shown
-from node.validator.proofs import OWN_RECEIPTS, mispriced, missing, unsorted
+from node.validator.fetch import AuditLine
+from node.validator.proofs import OWN_RECEIPTS, mispriced, missing
 from node.validator.shelf import Shelf
 from protocol.dossier import Dossier, Forged, examine
 from protocol.eip712 import digest
@@ -246,9 +247,9 @@ class Auditor:
             for index, entry in enumerate(shown.entries)
             if is_drawn(record.beacon, entry.job_id, record.earlier + index)
         )
-        told = (record, shown.signature, shown.entries)
-        out_of_order = unsorted(self._court.domain, *told)
-        progress.proofs += out_of_order or await missing(self._store, self._court, *told)
+        out_of_order = unsorted(self._court.domain, record, shown)
+        left_out = [out_of_order] if out_of_order else await missing(self._store, self._court, record, shown)
+        progress.proofs += left_out
 
     async def _judge(
         self,

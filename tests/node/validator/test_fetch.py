@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from node.entries import NotDelivered
 from node.ports import CommitmentRecord, PeerAddress, Stream
 from node.transport.memory import MemoryNetwork, MemoryTransport
-from node.validator.fetch import AuditLine, NotDelivered
+from node.validator.fetch import AuditLine
 from protocol import frames, merkle
 from protocol.dossier import SealedDossiers, pack_entries
 from protocol.frames import AUDIT_PROTOCOL, AuditAsk, AuditEntries, AuditHead, DossierAsk, DossierChunk, Refuse
