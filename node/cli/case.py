@@ -163,7 +163,7 @@ def claim(session: Session, case_id: str, as_json: bool) -> None:
         emit(done)
         return
     if done["jobs"]:
-        click.echo(f"paid {money.amount(int(done['amount_wei']))} for {done['jobs']} jobs")
+        click.echo(f"paid {money.amount(int(done['amount_wei']))} for {done['jobs']} job{'s' * (done['jobs'] != 1)}")
     if done["why"]:
         click.echo(f"{'not all' if done['jobs'] else 'nothing'} was claimed: {done['why']}")
 

@@ -12,18 +12,23 @@ from typing import Any
 
 import pytest
 
+from incentives.faults import Placed
 from incentives.ledger import Role, VerdictMade
 from incentives.verdicts import JobFinding, TokenMark, findings_json
 from node.chain.deployment import Deployment
+from node.client.claims import Claims, Place, Places
 from node.config import NodeConfig
 from node.keys import save
 from node.ports import Chain
 from node.store.store import SqlStore
+from protocol import merkle
+from protocol.bundle import Bundle
 from protocol.eip712 import digest
-from protocol.units import WEI_PER_TALLY, Address, AuditOutcome, Digest, JobId
-from tests.node.chain.court_bench import STAKE, CourtBench, verdict
-from tests.node.cli.conftest import Tally
-from tests.node.cli.sticks import NODE, WALLET
+from protocol.merkle import Entry
+from protocol.units import WEI_PER_TALLY, Address, AuditOutcome, Digest, JobId, Wei
+from tests.node.chain.court_bench import STAKE, CourtBench, entries, verdict
+from tests.node.cli.conftest import Tally, furnish
+from tests.node.cli.sticks import NODE, SESSION, WALLET, make_bundle
 from tests.spine.lab import Market, idle, run, spec
 from tests.twins.chain_lab import MemoryLab
 from tests.twins.engine_twin import EngineTwin
@@ -124,6 +129,48 @@ async def _guilty(bench: CourtBench, home: Path) -> Digest:
     await store.write(VerdictMade(made, digest(bench.court.domain, made), findings_json([finding])))
     await store.close()
     return key
+
+
+def test_a_claim_pays_for_the_jobs_of_this_home_once(home: Path, tally: Tally, lab: MemoryLab) -> None:
+    bundle = make_bundle(domain=lab.domain)
+    furnish(home, Role.CLIENT, bundle)
+    key, amount = asyncio.run(_slashed(CourtBench(lab), home, lab, bundle))
+    before = lab.world.head.state.tally[WALLET.address]
+    result = tally("case", "claim", key.hex()[:8])
+    assert result.exit_code == 0 and "TALLY for 1 job\n" in result.stdout, result.stderr
+    assert lab.world.head.state.tally[WALLET.address] == before + amount
+    facts = asked(tally, "case", "claim", key.hex()[:8])
+    assert (facts["jobs"], facts["amount_wei"]) == (0, "0") and "paid before" in facts["why"]
+    assert lab.world.head.state.tally[WALLET.address] == before + amount
+
+
+async def _slashed(bench: CourtBench, home: Path, lab: MemoryLab, bundle: Bundle) -> tuple[Digest, int]:
+    """An executed case with a job of this home, whose place it remembers; and what that job cost."""
+    await bench.open(validators=3)
+    receipt = bundle.notches[-1].receipt
+    ours = Entry(bundle.job_id, digest(lab.domain, receipt), Wei(receipt.total))
+    jobs = tuple(merkle.ordered([*entries(3), ours]))
+    chain = await lab.node(WALLET)
+    await chain.open_channel(bench.provider.address, SESSION.secret, Wei(WEI_PER_TALLY))
+    key = await bench.drawn(jobs=jobs)
+    case = await bench.judge(key, AuditOutcome.IMPROBABLE)
+    await bench.until(case.until)
+    await bench.court.execute(key)
+    store = SqlStore(home / "journal.db")
+    await store.open()
+    at = jobs.index(ours)
+    places = Places(1, (Place(Placed(ours, at, merkle.prove(jobs, at))),))
+    await Claims(WALLET.address, store, chain, lab.court(chain)).remember(key, places)
+    await store.close()
+    return key, receipt.total
+
+
+def test_a_claim_that_is_not_due_says_why(furnished: Path, tally: Tally, lab: MemoryLab) -> None:
+    key = asyncio.run(_guilty(CourtBench(lab), furnished))
+    result = tally("case", "claim", key.hex()[:8])
+    assert result.exit_code == 0 and "nothing was claimed: no job of this home" in result.stdout
+    result = tally("case", "claim", "ffff")
+    assert result.exit_code == 1 and "no case begin" in result.stderr.replace("begins", "begin")
 
 
 # --------------------------------------------------------------------------------------------------------------- audit
