@@ -123,11 +123,11 @@ class Settler:
         """One batch if one is due (`everything`: whatever is unclaimed); None when there was nothing to do.
 
         Never raises for a chain that is down or refuses: vouchers are kept and tried again, after a pause unless
-        `everything` is wanted. Raises: StoreError.
+        `everything` is wanted; then the fate of one that was cut off is journaled too. Raises: StoreError.
         """
         async with self._busy:
             items = self._due(everything)
-            if not items or (not everything and self._clock.monotonic() < self._retry_at):
+            if not everything and (not items or self._clock.monotonic() < self._retry_at):
                 return None
             try:
                 if self._unresolved:

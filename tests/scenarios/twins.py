@@ -64,6 +64,8 @@ class TwinStage:
             if reading.task is not None:
                 reading.task.cancel()
         self.market.world.down = False
+        for seller in self.market.sellers:
+            seller.cheats = seller.wallet.address in self._lies
         await self.market.__aexit__(*exc)
 
     async def _seller(self, factor: int, **old: Any) -> Seller:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+
+import pytest
 
 from incentives.ledger import ChannelKey, Role
 from incentives.settlement import LEAVING_MARGIN_S, SettlePolicy
+from node.ports import PreparedSettlement, Settled
 from protocol.units import WEI_PER_TALLY, Wei
 from tests.spine.lab import Buyer, Market, Seller, idle, run, spec, until
 from tests.twins.memory_ledger import MemoryLedgerChain
@@ -117,3 +121,30 @@ async def test_a_voucher_sent_again_because_the_chain_was_seen_late_does_not_hol
         again = await seller.provider.settler.settle_due(everything=True)
         assert again is not None and again.paid == 0
         assert not seller.provider.settler._held
+
+
+async def test_a_settlement_cut_off_while_the_chain_had_it_is_journaled_when_the_node_stops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The slot shows it as paid, so nothing is due; its fate still has to be written down."""
+    async with Market() as market:
+        seller = await market.seller(policy=SettlePolicy(NEVER, Wei(1000 * WEI_PER_TALLY), Wei(1)))
+        buyer = await market.buyer()
+        _, done, _ = await run(buyer, spec(64))
+        settler, send, mined = seller.provider.settler, seller.chain.send_settlement, asyncio.Event()
+
+        async def lost(prepared: PreparedSettlement) -> Settled:
+            await send(prepared)
+            mined.set()
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(seller.chain, "send_settlement", lost)
+            cut_off = asyncio.create_task(settler.settle_due(everything=True))
+            await mined.wait()
+            await seller.provider.books.refresh(buyer.accounts.session.address)
+            cut_off.cancel()
+            await asyncio.gather(cut_off, return_exceptions=True)
+        await settler.settle_rest()
+        (row,) = await seller.store.settlements()
+        assert (row.state, row.paid) == ("mined", done.cost)

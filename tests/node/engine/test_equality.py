@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from node.engine.profile import MARGIN_MILLI, profile_of
+from node.engine.profile import profile_of
+from node.engine.thresholds import UNCALIBRATED
 from node.ports import EngineRequest, EngineToken, Sampling
 from protocol import metering, sampling, transcript
 from protocol.units import FinishReason
@@ -87,8 +88,9 @@ async def test_honest_bf16_is_not_flagged(start_engine: StartEngine, model_dir: 
         for position, token_id in enumerate(out, len(prompt)):
             row = logits[position - 1].tolist()
             gaps.append(1000 * sampling.margin(row, token_id, SEED, position, MICRO, MICRO, 0))
-    assert sum(gap > MARGIN_MILLI for gap in gaps) <= 1
-    assert max(gaps) < 2 * MARGIN_MILLI
+    limit = UNCALIBRATED["bf16"].margin_milli
+    assert sum(gap > limit for gap in gaps) <= 1
+    assert max(gaps) < 2 * limit
 
 
 @pytest.mark.parametrize("name", ["dense", "llama", "qwen2", "qwen3", "mistral-window", "mixtral", "qwen3-moe"])
