@@ -161,6 +161,8 @@ class Oversight:
         due = await self._due(rules, now)
         keys = {item.key for item in due}
         self._over = {key: jobs for key, jobs in self._over.items() if key in keys}
+        self._overdue &= keys
+        self._failures = defaultdict(int, {key: n for key, n in self._failures.items() if key in keys})
         for item in due:
             if self._over.get(item.key) != len(item.jobs) and await self._settled(item, rules, now):
                 self._over[item.key] = len(item.jobs)

@@ -230,6 +230,7 @@ async def test_a_provider_that_shows_no_entries_is_left_to_the_committee(caplog:
         assert len(said) == 1
 
 
+@pytest.mark.slow
 async def test_the_payer_is_compensated_once_without_the_provider() -> None:
     async with opened(4) as market:
         seller = await market.seller(engine=Altering())
