@@ -279,7 +279,7 @@ def _print_cases(console: Any, result: DemoResult) -> None:
     from rich.table import Table
 
     table = Table(title="What the Court decided")
-    for column in ("case", "provider", "jobs", "tokens", "flagged", "rounds", "agreed", "verdict"):
+    for column in ("case", "provider", "jobs", "flagged", "rounds", "agreed", "verdict"):
         table.add_column(column, justify="left" if column in ("case", "provider", "verdict") else "right")
     for case in result.cases:
         last = max((vote["round"] for vote in case["votes"]), default=0)
@@ -288,8 +288,7 @@ def _print_cases(console: Any, result: DemoResult) -> None:
             case["case"][:10],
             case["provider"],
             str(case["jobs"]),
-            str(case["tokens"]),
-            str(case["flags"]),
+            f"{case['flags']} of {case['tokens']}",
             str(last + 1),
             f"{decisive[case['verdict']]} of {decisive.total()}",
             f"[{'red' if case['slashed_wei'] else 'green'}]{case['verdict']}[/]",
